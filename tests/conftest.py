@@ -1,0 +1,28 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gloo_pool import GlooPool
+
+REAL_DATA = "SIMCLR_SCALE_TEST_DATA"
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[GlooPool]:
+    """``gloo(world_size, function, *args)``: results of real gloo processes, by rank."""
+    pool = GlooPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real images. Without it the tests that need them skip and say so; CI sets it and so runs them all."""
+    folder = os.environ.get(REAL_DATA)
+    if folder is None:
+        pytest.skip(f"set {REAL_DATA} to the folder of real images (cifar10/, clothing/, chest_xray/) to run this")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{REAL_DATA} names {folder}, which is not a folder")
+    return Path(folder)
