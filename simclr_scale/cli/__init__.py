@@ -1,0 +1,74 @@
+"""The command line: one table of commands, one flat parser for each.
+
+The table imports nothing heavy, so that ``simclr-scale --help`` answers at once.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+from simclr_scale.errors import InputError
+
+PROGRAM = "simclr-scale"
+
+
+class Command(NamedTuple):
+    """Where a command lives (a module with ``main(argv)``) and what it does, in a line."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "pretrain": Command("pretrain", "train an encoder without labels, from a recipe"),
+    "knn": Command("evaluate", "score an encoder by its nearest neighbours"),
+    "linear": Command("linear", "score an encoder by a linear classifier on its features"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0 done, 2 the user's to mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_table())
+        return 0
+    if arguments[0] == "--version":
+        import simclr_scale
+
+        print(simclr_scale.__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        return fail(f"unknown command {name!r}; {hint}")
+    try:
+        import_module(f"simclr_scale.cli.{COMMANDS[name].module}").main(rest)
+    except InputError as error:
+        return fail(str(error), name)
+    return 0
+
+
+def fail(message: str, command: str = "") -> int:
+    """Prints one line on standard error, on the first rank alone, and returns the exit status for bad input."""
+    import os
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
+        one_line = " ".join(message.split())
+        print(f"{PROGRAM}{f' {command}' if command else ''}: error: {one_line}", file=sys.stderr)
+    return 2
+
+
+def _table() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: {PROGRAM} COMMAND [options]
+
+Self-supervised contrastive pretraining of image encoders.
+
+commands:
+{rows}
+
+{PROGRAM} COMMAND --help    the options of a command
+{PROGRAM} --version         the version"""

@@ -1,0 +1,8 @@
+"""Images: sources, their order, every random draw, and the augmentation.
+
+``SimCLRDataModule`` is in ``simclr_scale.data.datamodule``, apart from the rest because it needs Lightning.
+"""
+
+from simclr_scale.data.sources import Source, open_source
+
+__all__ = ["Source", "open_source"]

@@ -1,0 +1,7 @@
+"""Encoders and projection heads. Importing this package registers `simclr_resnet*` with timm."""
+
+from simclr_scale.models.baselines import ColorHistogramEncoder, PixelEncoder
+from simclr_scale.models.encoders import Architecture, create_encoder
+from simclr_scale.models.heads import ProjectionHead
+
+__all__ = ["Architecture", "ColorHistogramEncoder", "PixelEncoder", "ProjectionHead", "create_encoder"]

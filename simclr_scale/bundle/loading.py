@@ -1,0 +1,186 @@
+"""``load_encoder``: one way to open every kind of encoder, strictly."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS, _transform_settings
+from simclr_scale.bundle.transform import ImageTransform
+from simclr_scale.errors import InputError
+from simclr_scale.models import ColorHistogramEncoder, PixelEncoder, create_encoder
+
+_RANDOM_SEED = 0
+
+
+def describe_specs() -> str:
+    """The forms of a spec, for messages."""
+    return "a run, a bundle or a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS"
+
+
+def load_encoder(spec: str | os.PathLike[str]) -> tuple[nn.Module, ImageTransform]:
+    """Opens an encoder and the transform that belongs to it; ``encoder(transform(image)[None])`` gives (1, D).
+
+    Args:
+        spec: a run directory, a bundle directory, a checkpoint (``.ckpt``), or one of
+
+            - ``timm:NAME``: timm's architecture with timm's pretrained weights, downloaded where they are not cached;
+            - ``hf-hub:ID``: a model in timm's format on the Hugging Face hub;
+            - ``random:NAME``: seeded random weights;
+            - ``pixels:SIZE``: raw pixels at SIZE px, ``histogram:BINS``: a joint colour histogram; the baselines.
+
+    Returns:
+        The encoder in evaluation mode, and its transform.
+
+    Raises:
+        InputError: an unknown form, a missing, damaged or foreign file, or weights that do not fit the architecture.
+    """
+    text = os.fspath(spec)
+    form, colon, rest = text.partition(":")
+    if colon and form in _FORMS and not Path(text).exists():
+        encoder, transform = _FORMS[form](rest)
+    else:
+        encoder, transform = _from_path(Path(text).expanduser())
+    return encoder.eval(), transform
+
+
+def _from_path(path: Path) -> tuple[nn.Module, ImageTransform]:
+    if path.is_file():
+        return _from_checkpoint(path)
+    if (path / CONFIG).is_file():
+        return _from_bundle(path)
+    if (path / "encoder" / CONFIG).is_file():
+        return _from_bundle(path / "encoder")
+    if (last := path / "checkpoints" / "last.ckpt").is_file():
+        return _from_checkpoint(last)
+    if path.is_dir():
+        raise InputError(f"{path} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} nor checkpoints/last.ckpt")
+    raise InputError(f"there is no encoder {str(path)!r}; give {describe_specs()}")
+
+
+def _from_bundle(folder: Path) -> tuple[nn.Module, ImageTransform]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"bundle {folder} cannot be read: {_first_line(error)}") from error
+    return _build(config, weights, str(folder))
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """A training checkpoint of ours, as it was saved.
+
+    Raises:
+        InputError: the file is damaged, or another program's.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from error
+    if not isinstance(checkpoint, Mapping) or BUNDLE_KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise InputError(f"{path} was not written by simclr_scale: it has no entry {BUNDLE_KEY!r}")
+    return checkpoint
+
+
+def _from_checkpoint(path: Path) -> tuple[nn.Module, ImageTransform]:
+    checkpoint = read_checkpoint(path)
+    prefix = "encoder."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return _build(checkpoint[BUNDLE_KEY]["encoder"], weights, str(path))
+
+
+def _build(config: dict[str, Any], weights: dict[str, Tensor], where: str) -> tuple[nn.Module, ImageTransform]:
+    try:
+        arguments = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
+        name, settings = config["architecture"], _transform_settings(config)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{where}: {CONFIG} is not that of a bundle, it lacks {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        encoder = create_encoder(name, **arguments)
+    problem = _misfit(encoder, weights)
+    if problem:
+        raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
+    encoder.load_state_dict(weights)
+    return encoder, ImageTransform(**settings)
+
+
+def _misfit(encoder: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The first key that does not fit, in words; empty where all fit."""
+    expected = encoder.state_dict()
+    if missing := [key for key in expected if key not in weights]:
+        return f"{missing[0]!r} is missing ({len(missing)} keys in all)"
+    if extra := [key for key in weights if key not in expected]:
+        return f"{extra[0]!r} is not part of it ({len(extra)} keys in all)"
+    for key, tensor in expected.items():
+        if tensor.shape != weights[key].shape:
+            return f"{key!r} is {tuple(weights[key].shape)}, not {tuple(tensor.shape)}"
+    return ""
+
+
+def _pretrained(name: str) -> tuple[nn.Module, ImageTransform]:
+    encoder = _downloaded(lambda: create_encoder(name, pretrained=True), f"timm:{name}")
+    return encoder, ImageTransform(**_timm_settings(encoder))
+
+
+def _from_hub(identifier: str) -> tuple[nn.Module, ImageTransform]:
+    spec = f"hf-hub:{identifier}"
+    encoder: Any = _downloaded(lambda: timm.create_model(spec, pretrained=True, num_classes=0), spec)
+    return encoder, ImageTransform(**_timm_settings(encoder))
+
+
+def _downloaded(make: Callable[[], nn.Module], spec: str) -> nn.Module:
+    try:
+        return make()
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{spec} could not be loaded: {_first_line(error)}") from error
+
+
+def _timm_settings(encoder: nn.Module) -> dict[str, Any]:
+    return _transform_settings({"pretrained_cfg": resolve_model_data_config(encoder)})
+
+
+def _random(name: str) -> tuple[nn.Module, ImageTransform]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        encoder = create_encoder(name)
+    return encoder, ImageTransform(**_timm_settings(encoder))
+
+
+def _pixels(size: str) -> tuple[nn.Module, ImageTransform]:
+    side = _positive(size, "pixels:SIZE")
+    return PixelEncoder(side), ImageTransform((3, side, side), crop_pct=1.0)
+
+
+def _histogram(bins: str) -> tuple[nn.Module, ImageTransform]:
+    return ColorHistogramEncoder(_positive(bins, "histogram:BINS")), ImageTransform((3, 64, 64), crop_pct=1.0)
+
+
+def _positive(text: str, form: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{form} takes a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+_FORMS: dict[str, Callable[[str], tuple[nn.Module, ImageTransform]]] = {
+    "timm": _pretrained,
+    "hf-hub": _from_hub,
+    "random": _random,
+    "pixels": _pixels,
+    "histogram": _histogram,
+}

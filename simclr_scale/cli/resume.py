@@ -1,0 +1,99 @@
+"""Where a run starts: anew, or from a checkpoint of a run that must be the same one."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import Namespace
+
+from simclr_scale.errors import InputError
+from simclr_scale.pretraining.checkpointing import newest_intact
+
+# What cannot change the result of a run: where and on how many devices it runs, and what it writes.
+_HARMLESS = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.default_root_dir",
+    "trainer.profiler",
+    "data.num_workers",
+    "data.in_memory",
+    "checkpoint",
+    "knn",
+)
+
+
+class Start(NamedTuple):
+    """The folder of a run, the checkpoint to start from if any, and what to tell the user about the choice."""
+
+    folder: Path
+    checkpoint: Path | None
+    resumes: bool
+    notes: list[str]
+
+
+def find_start(config: Namespace, default_name: str) -> Start:
+    """Chooses the run's folder and checkpoint from ``--name``, ``--runs_dir`` and ``--resume``.
+
+    Raises:
+        InputError: the run exists and is not to be resumed, or there is nothing to resume from.
+    """
+    runs, name, resume = Path(config.runs_dir), config.name, config.resume
+    if name is not None and (not name or Path(name).name != name):
+        raise InputError(f"--name is the name of a folder in {runs}, without slashes, got {name!r}")
+    if resume is None:
+        folder = runs / (name or default_name)
+        if folder.exists():
+            raise InputError(f"run {folder} exists already; give another --name, or continue it with --resume auto")
+        return Start(folder, None, False, [])
+    if resume != "auto":
+        checkpoint = Path(resume)
+        if not checkpoint.is_file():
+            raise InputError(f"--resume {resume}: there is no such checkpoint; give 'auto' or a .ckpt file of a run")
+        folder = runs / name if name else checkpoint.resolve().parent.parent
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"--resume {resume}: {folder} is not a run, it has no config.yaml")
+        _require_readable(checkpoint)
+        return Start(folder, checkpoint, True, [])
+    if name is None:
+        raise InputError("--resume auto needs --name: which run to continue")
+    folder = runs / name
+    if not folder.exists():
+        return Start(folder, None, False, [f"there is no run {folder} yet: starting it"])
+    checkpoint_or_none, damaged = newest_intact(folder / "checkpoints")
+    notes = [f"{path} is damaged (its checksum differs) and is passed over" for path in damaged]
+    if checkpoint_or_none is None:
+        if damaged:
+            raise InputError(f"no checkpoint of run {folder} is intact; {damaged[0]} is damaged")
+        return Start(folder, None, True, [f"run {folder} has no checkpoint yet: starting from its beginning"])
+    return Start(folder, checkpoint_or_none, True, [*notes, f"continuing from {checkpoint_or_none}"])
+
+
+def _require_readable(checkpoint: Path) -> None:
+    from simclr_scale.bundle.loading import read_checkpoint
+
+    read_checkpoint(checkpoint)
+
+
+def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:
+    """Keys that could change the result and differ between a run's config.yaml and a new configuration."""
+    before, after = (_flatten(yaml.safe_load(text)) for text in (saved.read_text(), now))
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not any(key == h or key.startswith(f"{h}.") for h in _HARMLESS)
+    ]
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,96 @@
+"""The settings of SimCLR's augmentation, and the presets for kinds of images."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_type_hints
+
+from simclr_scale.errors import InputError
+
+ColorOps = Literal["torchvision", "google"]
+CropSampling = Literal["torchvision", "google"]
+Preset = Literal["natural", "small"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, flip, colour jitter, grey and blur (SimCLR, appendix A; defaults are those for ImageNet).
+
+    Attributes:
+        crop_scale: range of the crop's share of the image's area.
+        crop_ratio: range of width / height of the crop.
+        flip: probability of a horizontal flip.
+        jitter: probability that an image's colours are jittered.
+        strength: s; the four amounts below are multiplied by it ("color distortion strength", 1 or .5 for CIFAR-10).
+        brightness, contrast, saturation: factors are uniform in [max(0, 1 - s * amount), 1 + s * amount].
+        hue: the shift is uniform in [-s * hue, s * hue] turns of the colour circle; at most half a turn.
+        brightness_mode: "multiplicative" (SimCLRv2, torchvision) or "additive" (SimCLR v1), for Google's operations.
+        grey: probability of dropping colour.
+        blur: probability of a Gaussian blur, with a kernel of a tenth of the image's size.
+        blur_sigma: range of its standard deviation in pixels.
+        color_ops: whose definition of contrast, saturation and blur's border: torchvision's or Google's.
+        crop_sampling: whose distribution of crops: torchvision's or Google's (TensorFlow's).
+        evaluation_crop: share of the resized image that evaluation keeps, centred; 1 keeps all.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    strength: float = 1.0
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    brightness_mode: Literal["multiplicative", "additive"] = "multiplicative"
+    grey: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    color_ops: ColorOps = "torchvision"
+    crop_sampling: CropSampling = "torchvision"
+    evaluation_crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"augmentation.{name} is a probability, 0 to 1, got {getattr(self, name)}")
+        for name in ("strength", "brightness", "contrast", "saturation", "hue"):
+            if getattr(self, name) < 0:
+                raise InputError(f"augmentation.{name} must be 0 or above, got {getattr(self, name)}")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise InputError(f"augmentation.{name} must be a range 0 < low <= high, got [{low}, {high}]")
+        if self.crop_scale[1] > 1:
+            raise InputError(f"augmentation.crop_scale is a share of the image, at most 1, got {self.crop_scale[1]}")
+        if self.strength * self.hue > 0.5:
+            raise InputError(f"strength * hue is at most half a turn (.5), got {self.strength * self.hue:g}")
+        if not 0 < self.evaluation_crop <= 1:
+            raise InputError(f"augmentation.evaluation_crop is a share above 0, up to 1, got {self.evaluation_crop}")
+
+
+# Every preset is the paper's recipe for that kind of image.
+PRESETS: dict[str, Augmentation] = {
+    "natural": Augmentation(),
+    # "we do not use Gaussian blur ... color distortion strength 0.5" for CIFAR-10: SimCLR, appendix B.9.
+    "small": Augmentation(strength=0.5, blur=0.0, evaluation_crop=1.0),
+}
+
+if TYPE_CHECKING:
+    Overrides = dict[str, Any]
+else:
+    # Built from the dataclass, so that the command line checks names and types without a second list of fields.
+    Overrides = TypedDict("Overrides", get_type_hints(Augmentation), total=False)
+
+
+def resolve(preset: str, overrides: Overrides) -> Augmentation:
+    """The preset with some fields replaced.
+
+    Raises:
+        InputError: unknown preset or field, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    known = {field.name for field in dataclasses.fields(Augmentation)}
+    if unknown := set(overrides) - known:
+        raise InputError(f"augmentation has no field {min(unknown)!r}; it has {', '.join(sorted(known))}")
+    return dataclasses.replace(PRESETS[preset], **overrides)

@@ -1,0 +1,33 @@
+"""Small data sets as one tensor in memory: decoded once, cropped in batches on the device."""
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from simclr_scale.data.sources import Source
+
+_LARGEST_SIDE = 96
+_LARGEST_BYTES = 2 << 30
+
+
+def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
+    """All images as (N, C, H, W) uint8, or None where they are too large or not of one size.
+
+    Args:
+        wanted: True loads images of any size that fit in one tensor, False never loads, None only small ones.
+    """
+    pixels = getattr(source, "pixels", None)
+    if pixels is not None:
+        return pixels
+    if wanted is False:
+        return None
+    first = pil_to_tensor(source.image(0))
+    if not wanted and (max(first.shape[-2:]) > _LARGEST_SIDE or first.numel() * len(source) > _LARGEST_BYTES):
+        return None
+    pixels = torch.empty((len(source), *first.shape), dtype=torch.uint8)
+    for index in range(len(source)):
+        image = pil_to_tensor(source.image(index))
+        if image.shape != first.shape:
+            return None
+        pixels[index] = image
+    return pixels

@@ -1,0 +1,116 @@
+"""What every data set is to the rest of the package, and its parts."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from simclr_scale.data.splits import stratified_split
+from simclr_scale.errors import InputError
+
+HELD_OUT_TRAIN_FRACTION = 0.8
+
+
+class Source(Protocol):
+    """Images by index, with labels where they exist. Sources pickle, so that any worker can read them."""
+
+    name: str
+    """The specification as the user typed it."""
+    classes: tuple[str, ...]
+    """Names of the classes, those of all splits of the data set; empty without labels."""
+    labels: np.ndarray
+    """(N,) int64, index into `classes`, -1 where an image has no label."""
+    split_description: str
+    """Which part of the data set this is, for the manifest."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image, upright, 8-bit RGB. Raises InputError naming it when it cannot be read."""
+
+    def fingerprint(self) -> str:
+        """sha256 in hex over what identifies images and labels; the same on every machine, computed at each call."""
+
+    def describe(self, index: int) -> str:
+        """Where the image is, for messages: a path or a row."""
+
+
+class SubsetSource:
+    """The images of `source` at `indices` (in that order, each in 0..N-1), as a source of its own."""
+
+    def __init__(self, source: Source, indices: np.ndarray, split_description: str | None = None) -> None:
+        self._source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = source.name
+        self.classes = source.classes
+        self.labels = source.labels[self.indices]
+        self.split_description = split_description or f"{self.indices.size} images of {source.split_description}"
+
+    def __len__(self) -> int:
+        return self.indices.size
+
+    def image(self, index: int) -> Image.Image:
+        return self._source.image(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return digest([self._source.fingerprint().encode(), self.indices.astype("<i8").tobytes()])
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(int(self.indices[index]))
+
+
+def held_out_part(source: Source, split: str, seed: int) -> Source:
+    """The train or test part of a data set that has no test split of its own.
+
+    The labelled images are cut 80/20, class by class, by `seed`. Images without label belong to the train part.
+
+    Raises:
+        InputError: there are no labels to hold out by, or a validation part is asked for.
+    """
+    labelled = np.flatnonzero(source.labels >= 0)
+    if split == "train" and not labelled.size:
+        return source
+    if not labelled.size:
+        raise InputError(
+            f"{source.name}: has no labels, so there is no {split} part to evaluate on; "
+            "labels come from at least two class folders or from a label column"
+        )
+    if split == "val":
+        raise InputError(f"{source.name}: has no validation split of its own; train and test can be had")
+    train, test = (labelled[part] for part in stratified_split(source.labels[labelled], HELD_OUT_TRAIN_FRACTION, seed))
+    if not test.size:
+        raise InputError(f"{source.name}: no class has two images, so none can be held out for a test")
+    description = f"seeded 80/20 class-balanced split, seed {seed}, {split} part of {source.split_description}"
+    if split == "test":
+        return SubsetSource(source, test, description)
+    return SubsetSource(source, np.union1d(train, np.flatnonzero(source.labels < 0)), description)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """sha256 in hex of the parts, each preceded by its length so that their borders count too."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def label_bytes(labels: np.ndarray, classes: tuple[str, ...]) -> bytes:
+    """Labels and class names in one form for all machines, for a fingerprint."""
+    return labels.astype("<i8").tobytes() + "\0".join(classes).encode()
+
+
+def file_size(path: str) -> int:
+    """Bytes. Raises InputError if the file has gone."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def sampled_rows(length: int, limit: int = 1024) -> np.ndarray:
+    """Row numbers whose content stands for all in a fingerprint: every one, or `limit` evenly spaced."""
+    return np.linspace(0, length - 1, min(length, limit)).astype(np.int64)

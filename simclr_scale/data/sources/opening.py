@@ -1,0 +1,130 @@
+"""From what the user typed to a source of images."""
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, get_args
+
+from simclr_scale.data.sources.base import Source, held_out_part
+from simclr_scale.data.sources.folders import open_folder
+from simclr_scale.data.sources.named_splits import SplitRequest
+from simclr_scale.errors import InputError
+
+Split = Literal["train", "val", "test"]
+
+_PREFIXES = ("torch/", "hfds/", "wds/")
+
+
+def open_source(
+    spec: str,
+    *,
+    root: str | Path | None = None,
+    split: Split = "train",
+    train_split: str | None = None,
+    test_split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    seed: int = 0,
+) -> Source:
+    """Open one part of a data set.
+
+    `spec` is one of:
+
+    - a folder of images (`open_folder` says how labels and splits are found); `./NAME` where it could be mistaken
+    - `torch/NAME`: a data set of torchvision.datasets below `root`; never downloaded
+    - `hfds/PATH_OR_ID`: a folder of parquet files, or a data set of the Hugging Face hub
+    - `textures`: the generated data set
+
+    A data set with splits of its own uses them, `train_split` and `test_split` naming them where they are not called
+    train and test (or validation, where there is no test). Any other labelled set is cut 80/20, class by class, by
+    `seed`; `split_description` of the result says so. An unlabelled set is all train.
+
+    Args:
+        spec: the data set.
+        root: where relative folders and `torch/` data sets lie; by default the working directory, for folders.
+        split: the part.
+        train_split: the data set's name for its train split.
+        test_split: the data set's name for its test split.
+        image_key: the column of images in a table; by default found by type.
+        label_key: the column of labels in a table; by default found by type; empty for none.
+        seed: of the split of a data set that brings none, and of the textures.
+
+    Raises:
+        InputError: anything about the data set that the user has to mend, found before any image is decoded.
+    """
+    if split not in get_args(Split):
+        raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
+    if not spec.startswith("hfds/") and (image_key or label_key):
+        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ sources")
+    if spec == "textures":
+        return _textures(split, train_split or test_split, seed)
+    request = SplitRequest(split, train_split, test_split)
+    root = os.fspath(root) if root is not None else None
+    source, whole = _open(spec, root, request, image_key, label_key)
+    return held_out_part(source, split, seed) if whole else source
+
+
+def _open(
+    spec: str, root: str | None, request: SplitRequest, image_key: str | None, label_key: str | None
+) -> tuple[Source, bool]:
+    """The named split, and whether it is the whole data set, still to be divided."""
+    if spec.startswith("torch/"):
+        # torchvision takes long to import.
+        from simclr_scale.data.sources.torchvision_sets import open_torchvision
+
+        return open_torchvision(spec, spec.removeprefix("torch/"), root, request)
+    if spec.startswith("hfds/"):
+        from simclr_scale.data.sources.tables import open_table
+
+        return open_table(spec, _table_location(spec, root), request, image_key, label_key)
+    if spec.startswith("wds/"):
+        raise InputError(f"{spec}: WebDataset shards are not supported in this version; use a folder, torch/ or hfds/")
+    folder = _in_root(spec, root)
+    if not os.path.isdir(folder):
+        raise InputError(_why_no_folder(spec, folder))
+    return open_folder(spec, folder, request)
+
+
+def _textures(split: Split, named_split: str | None, seed: int) -> Source:
+    from simclr_scale.data.textures import TextureSource
+
+    if named_split is not None:
+        raise InputError(f"textures: has no split {named_split!r}: leave out train_split and test_split")
+    return TextureSource(split=split, seed=seed)
+
+
+def _in_root(path: str, root: str | None) -> str:
+    return os.path.abspath(os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path)))
+
+
+def _table_location(spec: str, root: str | None) -> str:
+    """An existing folder, or the id of a data set on the hub, which is NAME or OWNER/NAME."""
+    path = spec.removeprefix("hfds/")
+    folder = _in_root(path, root)
+    if os.path.isdir(folder):
+        return folder
+    if not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or os.path.exists(folder):
+        raise InputError(f"{spec}: no folder {folder}; after hfds/ comes a folder of parquet files or a hub id")
+    return path
+
+
+def _why_no_folder(spec: str, folder: str) -> str:
+    place = spec if spec == folder else f"{spec} ({folder})"
+    if os.path.exists(folder):
+        return f"{place}: is a file; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID or textures"
+    prefix, slash, rest = spec.partition("/")
+    close = (
+        get_close_matches(prefix.lower() + slash, _PREFIXES, n=1) if slash else get_close_matches(spec, ["textures"])
+    )
+    close = [close[0] + rest] if close else _siblings(folder)
+    if close:
+        return f"{place}: no such folder; did you mean {close[0]}?"
+    return f"{place}: no such folder; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID or textures"
+
+
+def _siblings(folder: str) -> list[str]:
+    parent, name = os.path.split(folder)
+    if not os.path.isdir(parent):
+        return []
+    close = get_close_matches(name, sorted(os.listdir(parent)), n=1)
+    return [path for match in close if os.path.isdir(path := os.path.join(parent, match))]

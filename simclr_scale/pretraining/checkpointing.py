@@ -1,0 +1,106 @@
+"""Checkpoints that are whole or not there: written beside, checksummed, moved into place."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from simclr_scale.errors import InputError
+
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+LAST = "last.ckpt"
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps the newest checkpoints of a run as ``step=N.ckpt``, each with a ``.sha256``, and ``last.ckpt``.
+
+    Args:
+        every_n_epochs: epochs between checkpoints; there is always one at the end of training.
+        every_n_steps: steps between further checkpoints within an epoch; None for none.
+        keep: how many to keep.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None, keep: int = 2) -> None:
+        for name, value in {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "keep": keep}.items():
+            if value is not None and value < 1:
+                raise InputError(f"checkpoint.{name} must be at least 1, got {value}")
+        self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
+        self.folder: Path | None = None
+        self._last_step = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        # The last batch of an epoch is left to the end of the epoch, whose state differs from that of its middle.
+        in_epoch = not trainer.is_last_batch
+        if in_epoch and self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.folder is None or trainer.global_step == self._last_step or trainer.fast_dev_run:
+            return
+        self._last_step = trainer.global_step
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        beside = path.with_name(f".{path.name}.partial")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            publish(beside, path)
+            for old in checkpoints(self.folder)[self.keep :]:
+                _checksum_path(old).unlink(missing_ok=True)
+                old.unlink()
+        trainer.strategy.barrier("checkpoint")
+
+
+def publish(beside: Path, path: Path) -> None:
+    """Moves a written file into place with its checksum, and lets ``last.ckpt`` be the same file."""
+    digest = sha256(beside)
+    checksum = _checksum_path(path)
+    partial = checksum.with_name(f".{checksum.name}.partial")
+    partial.write_text(f"{digest}  {path.name}\n")
+    os.replace(partial, checksum)
+    os.replace(beside, path)
+    link = path.with_name(f".{LAST}.partial")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, path.with_name(LAST))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    steps = {path: match for path in folder.glob("step=*.ckpt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint is the file that its checksum was made of."""
+    checksum = _checksum_path(path)
+    return checksum.is_file() and checksum.read_text().split()[:1] == [sha256(path)]
+
+
+def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is whole, and the damaged ones that were passed over."""
+    damaged = []
+    for path in checkpoints(folder):
+        if is_intact(path):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged

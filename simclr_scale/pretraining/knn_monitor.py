@@ -1,0 +1,111 @@
+"""Is it learning? kNN accuracy on held-out images while training goes on, and beside three baselines at its end."""
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from simclr_scale.bundle import ImageTransform, load_encoder
+from simclr_scale.data.datamodule import SimCLRDataModule
+from simclr_scale.data.sources import Source
+from simclr_scale.distributed import World, world
+from simclr_scale.errors import InputError
+from simclr_scale.evaluation.features import extract_features, gather_features, image_loader
+from simclr_scale.evaluation.knn import knn_classify
+from simclr_scale.evaluation.metrics import top1
+from simclr_scale.pretraining.progress import RunProgress
+
+BASELINES = {"raw_pixels": "pixels:16", "color_histogram": "histogram:8"}
+
+
+class KNNMonitor(pl.Callback):
+    """Weighted kNN top-1 of the encoder, from training to held-out images, where the data has labels.
+
+    The labels are looked at, never learnt from. The value is logged as ``knn_top1``.
+
+    Args:
+        every_n_epochs: epochs between measurements; there is always one before training and one at its end.
+        k: neighbours that vote.
+        temperature: of their weights, exp(similarity / temperature).
+        max_train_images: a larger training set is searched through an evenly spaced part of this size; None for all.
+        batch_size: images a forward.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 10,
+        k: int = 200,
+        temperature: float = 0.07,
+        max_train_images: int | None = 50_000,
+        batch_size: int = 256,
+    ) -> None:
+        for name, value in {"every_n_epochs": every_n_epochs, "k": k, "batch_size": batch_size}.items():
+            if value < 1:
+                raise InputError(f"knn.{name} must be at least 1, got {value}")
+        self.every_n_epochs, self.k, self.temperature = every_n_epochs, k, temperature
+        self.max_train_images, self.batch_size = max_train_images, batch_size
+        self.untrained: float | None = None
+        self.trained: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"untrained": self.untrained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.untrained = state_dict["untrained"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.untrained is None and _has_held_out_images(trainer):
+            self.untrained = self._measure(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if (ends or (trainer.current_epoch + 1) % self.every_n_epochs == 0) and _has_held_out_images(trainer):
+            self.trained = self._measure(trainer, pl_module)
+            pl_module.log("knn_top1", self.trained)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _has_held_out_images(trainer):
+            self.trained = self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: Any) -> float:
+        value = self.top1(trainer, pl_module.encoder, pl_module.transform)
+        if isinstance(trainer.progress_bar_callback, RunProgress):
+            trainer.progress_bar_callback.pause(trainer)
+        return value
+
+    def baselines(self, trainer: pl.Trainer) -> dict[str, float]:
+        """What no training gives: the same score of raw pixels and of colour histograms."""
+        return {name: self.top1(trainer, *load_encoder(spec)) for name, spec in BASELINES.items()}
+
+    def top1(self, trainer: pl.Trainer, encoder: nn.Module, transform: ImageTransform) -> float:
+        """kNN top-1 of an encoder on the data of a run; every rank extracts its share and gets the same value."""
+        data: SimCLRDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        assert data.train_source is not None
+        assert data.test_source is not None
+        device = trainer.strategy.root_device
+        parts = []
+        for source, limit in ((data.train_source, self.max_train_images), (data.test_source, None)):
+            indices = _share(source, limit, world())
+            loader = image_loader(
+                source, transform, batch_size=self.batch_size, indices=indices, num_workers=data.worker_count()
+            )
+            with torch.autocast(device.type, enabled=False):
+                features, labels, rows = extract_features(encoder, loader, device=device)
+            parts.append(gather_features(features, labels, rows)[:2])
+        (train, train_labels), (test, test_labels) = parts
+        return top1(knn_classify(train, train_labels, test, self.k, self.temperature), test_labels)
+
+
+def _has_held_out_images(trainer: pl.Trainer) -> bool:
+    data = getattr(trainer, "datamodule", None)
+    return isinstance(data, SimCLRDataModule) and data.test_source is not None
+
+
+def _share(source: Source, limit: int | None, ranks: World) -> list[int]:
+    """This rank's part of at most ``limit`` labelled images."""
+    labelled = np.flatnonzero(source.labels >= 0)
+    if limit is not None and len(labelled) > limit:
+        labelled = labelled[np.linspace(0, len(labelled) - 1, limit).round().astype(int)]
+    return labelled[ranks.rank :: ranks.size].tolist()

@@ -1,0 +1,139 @@
+"""The folder of a run: who may write there, and what it holds at the end."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.table import Table
+
+import simclr_scale
+from simclr_scale.bundle import save_encoder
+from simclr_scale.errors import InputError
+from simclr_scale.pretraining.knn_monitor import KNNMonitor
+from simclr_scale.pretraining.logger import RunLogger
+
+CONFIG = "config.yaml"
+_LABELS = {
+    "raw_pixels": "raw pixels (16 px)",
+    "color_histogram": "colour histogram",
+    "untrained": "untrained encoder",
+    "trained": "trained encoder",
+}
+
+
+class RunFolder(pl.Callback):
+    """Writes ``config.yaml`` at the start of a run, and ``encoder/`` and ``summary.json`` at its end.
+
+    Args:
+        folder: ``runs/NAME``. A new run must not exist yet; a resumed one must.
+        config: the complete configuration as YAML.
+        resumed: whether this continues a run.
+    """
+
+    def __init__(self, folder: Path, config: str, *, resumed: bool, console: Console | None = None) -> None:
+        self.folder, self.config, self.resumed = folder, config, resumed
+        self.console = console or Console()
+        self._seconds_before = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - getattr(self, "_start", time.monotonic())
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.monotonic()
+        if trainer.is_global_zero and not self.resumed:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir()
+            except FileExistsError as error:
+                raise InputError(f"run {self.folder} exists already; give another --name, or --resume auto") from error
+            (self.folder / CONFIG).write_text(self.config)
+        trainer.strategy.barrier("run folder")
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.continue_from(trainer.global_step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        monitor = next((callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)), None)  # type: ignore[attr-defined]
+        scores: dict[str, float] = {}
+        if monitor is not None and monitor.trained is not None:
+            scores = {**monitor.baselines(trainer), "untrained": monitor.untrained, "trained": monitor.trained}
+        if not trainer.is_global_zero:
+            return
+        summary = self._summary(trainer, monitor, scores)
+        if pl_module.transform is not None and hasattr(pl_module.encoder, "architecture"):
+            self._replace_encoder(pl_module, summary)
+        beside = self.folder / ".summary.json.partial"
+        beside.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(beside, self.folder / "summary.json")
+        self._tell(trainer, scores)
+
+    def _summary(self, trainer: Any, monitor: KNNMonitor | None, scores: dict[str, float]) -> dict[str, Any]:
+        data = trainer.datamodule
+        facts: dict[str, Any] = {
+            "source": data.source,
+            "split": data.train_source.split_description,
+            "train_images": len(data.train_source),
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "global_batch_size": data.global_batch_size,
+            "devices": trainer.world_size,
+            "seed": data.seed,
+            "seconds": round(self._seconds(), 1),
+            "version": simclr_scale.__version__,
+        }
+        if scores and monitor is not None:
+            facts["knn_top1"] = {name: round(value, 4) for name, value in scores.items()}
+            facts["knn"] = {
+                "k": monitor.k,
+                "temperature": monitor.temperature,
+                "train_images": min(len(data.train_source), monitor.max_train_images or len(data.train_source)),
+                "test_images": len(data.test_source),
+                "test_split": data.test_source.split_description,
+            }
+        return facts
+
+    def _replace_encoder(self, pl_module: Any, facts: dict[str, Any]) -> None:
+        """The bundle of a resumed run takes the place of its former one, which lasts until the new one is written."""
+        final, fresh, former = (self.folder / name for name in ("encoder", ".encoder-new", ".encoder-old"))
+        for leftover in (fresh, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+        save_encoder(pl_module.encoder, pl_module.transform, fresh, **facts)
+        if final.exists():
+            os.replace(final, former)
+        os.replace(fresh, final)
+        shutil.rmtree(former, ignore_errors=True)
+
+    def _tell(self, trainer: Any, scores: dict[str, float]) -> None:
+        source = trainer.datamodule.source
+        say = self.console.print
+        if scores:
+            table = Table(title=f"kNN top-1 on {len(trainer.datamodule.test_source):,} held-out images of {source}")
+            table.add_column("features")
+            table.add_column("top-1", justify="right")
+            for name, value in scores.items():
+                table.add_row(_LABELS[name], f"{value:.1%}", style="bold" if name == "trained" else "")
+            say(table)
+        else:
+            say(f"{source} has no labels, so there is no kNN score; try the encoder on a labelled set:")
+        say(f"The encoder is in [bold]{self.folder / 'encoder'}[/]. What to try next:", highlight=False)
+        held_out = source if scores else "FOLDER_OF_CLASSES"
+        for command in (
+            f"simclr-scale knn --encoder {self.folder} --data.source {held_out}",
+            f"simclr-scale linear --encoder {self.folder} --data.source {held_out}",
+            f'python -c "from simclr_scale import load_encoder; print(load_encoder({str(self.folder)!r})[1])"',
+        ):
+            say(f"  {command}", highlight=False, soft_wrap=True, markup=False)

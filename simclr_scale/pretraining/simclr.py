@@ -1,0 +1,201 @@
+"""SimCLR as a LightningModule."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from simclr_scale.bundle import BUNDLE_KEY, ImageTransform, encoder_config, load_encoder
+from simclr_scale.data.datamodule import SimCLRDataModule
+from simclr_scale.distributed import convert_global_batch_norm
+from simclr_scale.errors import InputError
+from simclr_scale.losses import NTXentLoss, contrastive_accuracy
+from simclr_scale.models import ProjectionHead
+from simclr_scale.models.chunked import encode_in_chunks
+from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
+from simclr_scale.pretraining.probe import OnlineProbe
+
+
+class SimCLR(pl.LightningModule):
+    """Contrastive pretraining of an image encoder (Chen et al. 2020, "A Simple Framework for Contrastive Learning").
+
+    Both views go through the encoder in one forward, so that batch norm sees all 2N of them; on several ranks its
+    statistics and the negatives are global. The learning rate follows the global batch and changes at every step.
+
+    Args:
+        encoder: images (B, C, H, W) -> features (B, D), with ``num_features`` D; see ``create_encoder``.
+        head: makes the projection head from D; None: ``ProjectionHead`` of two layers. A module is taken as it is.
+        loss: called with (2n, d) projections, [view 1; view 2]; None: ``NTXentLoss(temperature)``.
+        optimizer: makes the optimizer from parameter groups; None: LARS with momentum .9. Its learning rate and weight
+            decay are set here, by the arguments below.
+        learning_rate: base rate; None: .3 for linear and .075 for sqrt scaling (both 4.8 at a batch of 4096).
+        lr_scaling: "linear": rate * batch / 256; "sqrt": rate * sqrt(batch) (appendix B.1).
+        weight_decay: for all but norms, biases and what the encoder excludes.
+        warmup_epochs: epochs of linear warm-up from 0, before the cosine.
+        temperature: of NT-Xent.
+        loss_scale: the loss is multiplied by it; 2 is Google's sum over both directions.
+        chunk_size: views that are encoded at a time; None: all. A big batch then fits a small device, with the same
+            gradient but batch norm over a chunk.
+        probe_classes: classes of the online probe; None: those of the data module's labels, 0: no probe.
+        init_from: a spec of ``load_encoder`` whose weights the encoder starts from.
+        channels_last: run the encoder in channels-last memory format.
+        compile: run the encoder through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        head: Callable[[int], nn.Module] | None = None,
+        loss: nn.Module | None = None,
+        optimizer: OptimizerCallable | None = None,
+        learning_rate: float | None = None,
+        lr_scaling: Literal["linear", "sqrt"] = "linear",
+        weight_decay: float = 1e-6,
+        warmup_epochs: float = 10,
+        temperature: float = 0.1,
+        loss_scale: float = 1.0,
+        chunk_size: int | None = None,
+        probe_classes: int | None = None,
+        init_from: str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(f"model.chunk_size must be at least 1 view, got {chunk_size}")
+        if warmup_epochs < 0:
+            raise InputError(f"model.warmup_epochs must be 0 or above, got {warmup_epochs}")
+        if not temperature > 0:
+            raise InputError(f"model.temperature must be above 0, got {temperature}")
+        self.encoder = encoder
+        if init_from is not None:
+            _copy_weights(init_from, encoder)
+        if channels_last:
+            encoder.to(memory_format=torch.channels_last)
+        width = int(getattr(encoder, "num_features"))  # noqa: B009  nn.Module's type does not know it
+        self.head = head if isinstance(head, nn.Module) else (head or ProjectionHead)(width)
+        self.loss = NTXentLoss(temperature) if loss is None else loss
+        self.probe: OnlineProbe | None = None
+        self._probe_state: dict[str, Any] | None = None
+        self.transform: ImageTransform | None = None
+        self._optimizer = optimizer
+        self.base_learning_rate = DEFAULT_BASE_LEARNING_RATE[lr_scaling] if learning_rate is None else learning_rate
+        self.lr_scaling: Literal["linear", "sqrt"] = lr_scaling
+        self.weight_decay, self.warmup_epochs, self.loss_scale = weight_decay, warmup_epochs, loss_scale
+        self.chunk_size, self.probe_classes, self.channels_last = chunk_size, probe_classes, channels_last
+        self._compile = compile
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.accumulate_grad_batches > 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches} would not add negatives: keep "
+                "it at 1, and set model.chunk_size to fit a large batch on a small device"
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        classes = self.probe_classes
+        if isinstance(data, SimCLRDataModule):
+            self.transform = ImageTransform(
+                (self._channels, data.image_size, data.image_size), crop_pct=data.augmentation.evaluation_crop
+            )
+            classes = data.num_classes if classes is None else classes
+        elif self.transform is None:
+            self.transform = ImageTransform(getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224)))
+        if classes and self.probe is None:
+            self.probe = OnlineProbe(int(self.encoder.num_features), classes)  # type: ignore[arg-type]
+        if self.trainer.world_size > 1:
+            convert_global_batch_norm(self.encoder)
+            convert_global_batch_norm(self.head)
+        if self._compile:
+            self.encoder.compile()
+
+    @property
+    def _channels(self) -> int:
+        architecture = getattr(self.encoder, "architecture", None)
+        return 3 if architecture is None else architecture.in_chans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (M, C, H, W) -> features (M, D)."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.chunk_size is not None and self.training:
+            return encode_in_chunks(self.encoder, x, self.chunk_size)
+        return self.encoder(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step on the data module's batch, or on ``((view1, view2), label)`` of anyone's loader."""
+        x, labels = _inputs_and_labels(batch)
+        h = self(x)
+        z = self.head(h)
+        loss = self.loss(z)
+
+        self.log("loss", loss.detach(), prog_bar=True)
+        if self.probe is not None and labels is not None:
+            # Each image counts once: its first view.
+            probe_loss, probe_accuracy = self.probe.update(h[: len(labels)], labels)
+            self.log_dict({"probe_loss": probe_loss, "probe_accuracy": probe_accuracy})
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            # Only when it is shown: it costs a gather and a product of its own.
+            self.log("contrastive_accuracy", contrastive_accuracy(z.detach()), prog_bar=True)
+            self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss * self.loss_scale
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise InputError("training has no end: give --trainer.max_epochs or --trainer.max_steps")
+        steps_an_epoch = int(self.trainer.num_training_batches)
+        warmup = round(self.warmup_epochs * steps_an_epoch)
+        peak = scaled_learning_rate(self.base_learning_rate, self._global_batch_size(), self.lr_scaling)
+        groups = param_groups(nn.ModuleDict({"encoder": self.encoder, "head": self.head}), self.weight_decay)
+        make = self._optimizer or LARS
+        optimizer = make(groups, lr=peak)  # type: ignore[call-arg]
+        warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training
+        schedule = LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _global_batch_size(self) -> int:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SimCLRDataModule):
+            return data.global_batch_size
+        share = getattr(self.trainer.train_dataloader, "batch_size", None)
+        if not isinstance(share, int):
+            raise InputError("the batch size of this loader is unknown; train on a DataLoader with a batch_size")
+        return share * self.trainer.world_size
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.transform is not None and hasattr(self.encoder, "architecture"):
+            checkpoint[BUNDLE_KEY] = {"encoder": encoder_config(self.encoder, self.transform)}
+        if self.probe is not None:
+            checkpoint["probe_optimizer"] = self.probe.optimizer.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._probe_state = checkpoint.get("probe_optimizer")
+
+    def on_train_start(self) -> None:
+        # Only now is the probe on its device, to which its optimizer's state must go.
+        if self.probe is not None and self._probe_state is not None:
+            self.probe.optimizer.load_state_dict(self._probe_state)
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, dict):
+        return batch["inputs"], batch["label"]
+    views, *rest = batch
+    return torch.cat(list(views)), rest[0] if rest else None
+
+
+def _copy_weights(spec: str, encoder: nn.Module) -> None:
+    source, _ = load_encoder(spec)
+    try:
+        encoder.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"model.init_from {spec}: its weights do not fit model.encoder: {reason}") from error
