@@ -23,7 +23,8 @@ _SIZES = {"train": 4096, "val": 1024, "test": 1024}
 _FIRST_INDEX = {"train": 0, "val": 1 << 32, "test": 2 << 32}
 _PERIOD = 8.0  # pixels of one repeat at scale 1
 _NOISE = 0.04
-_LEAST_COLOR_DISTANCE = 0.45
+_LIGHT, _DARK = (0.75, 1.0), (0.15, 0.45)
+_SATURATION = (0.4, 1.0)
 _WAVE = 2 * np.pi / _PERIOD
 
 
@@ -90,15 +91,22 @@ PATTERNS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+def _two_colors(rng: np.random.Generator) -> NDArray[np.float64]:
+    """A light and a dark colour (2, 3) of any hue, in random order: every pattern is visible, also in grey."""
+    hue, saturation = rng.uniform(0, 6, 2), rng.uniform(*_SATURATION, 2)
+    value = np.array([rng.uniform(*_LIGHT), rng.uniform(*_DARK)])
+    sextant = (hue[:, None] + np.array([5, 3, 1])) % 6
+    channels = value[:, None] * (1 - saturation[:, None] * np.minimum(sextant, 4 - sextant).clip(0, 1))
+    return rng.permutation(channels)
+
+
 def draw_texture(rng: np.random.Generator, pattern: str, size: int) -> NDArray[np.uint8]:
     """One image (3, size, size) of the named pattern."""
     angle = rng.uniform(0, 2 * np.pi)
     zoom = np.exp(rng.uniform(np.log(0.7), np.log(1.4)))
     centre = rng.uniform(-size / 4, size / 4, 2)
     phase = rng.uniform(0, _PERIOD, 2) if pattern not in ("rings", "rays", "spiral") else np.zeros(2)
-    colors = rng.uniform(0, 1, (2, 3))
-    while np.abs(colors[0] - colors[1]).max() < _LEAST_COLOR_DISTANCE:
-        colors = rng.uniform(0, 1, (2, 3))
+    colors = _two_colors(rng)
 
     axis = np.arange(size) - (size - 1) / 2
     x, y = (axis[None, :] - centre[0]) / zoom, (axis[:, None] - centre[1]) / zoom

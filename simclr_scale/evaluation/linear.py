@@ -54,7 +54,7 @@ class LinearProbe:
     """Of every strength tried, in the order tried; empty where `l2` was given."""
     test_accuracy: float | None = None
     warnings: tuple[str, ...] = ()
-    """One line each on whatever stopped short of its optimum."""
+    """One line each on what may have cost accuracy: a fit short of its optimum, the weakest `l2` chosen."""
 
     def predict(self, features: Array) -> torch.Tensor:
         """The most probable class, (N,) int64, of each row of `features` (N, D)."""
@@ -78,7 +78,7 @@ def linear_probe(
     l2_values: tuple[float, ...] = L2_VALUES,
     validation_fraction: float = 0.2,
     seed: int = 0,
-    max_iterations: int = 1000,
+    max_iterations: int = 5000,
     progress: Callable[[int], object] | None = None,
 ) -> LinearProbe:
     """Fits a linear classifier to frozen features and scores it once on the test features, where they are given.
@@ -112,7 +112,7 @@ def linear_probe(
         raise InputError(f"train_labels: all are of class {int(classes[0])}; a classifier needs at least two classes")
     if (test_features is None) != (test_labels is None):
         raise InputError("test_features, test_labels: one is given without the other")
-    report = progress or (lambda done: None)
+    report = progress or (lambda _done: None)
     validation: tuple[ValidationScore, ...] = ()
     if l2 is None:
         validation = _validate(features, targets, l2_values, validation_fraction, seed, max_iterations, report)
@@ -129,7 +129,7 @@ def linear_probe(
         iterations=fit.iterations,
         converged=fit.converged,
         validation=validation,
-        warnings=_warnings(fit, validation, max_iterations),
+        warnings=_warnings(fit, l2, validation, max_iterations),
     )
     if test_features is None or test_labels is None:
         return probe
@@ -174,7 +174,7 @@ def _validate(
     return tuple(scores)
 
 
-def _warnings(fit: Fit, validation: tuple[ValidationScore, ...], max_iterations: int) -> tuple[str, ...]:
+def _warnings(fit: Fit, l2: float, validation: tuple[ValidationScore, ...], max_iterations: int) -> tuple[str, ...]:
     warnings = []
     stopped = [score.l2 for score in validation if not score.converged]
     if stopped:
@@ -184,4 +184,7 @@ def _warnings(fit: Fit, validation: tuple[ValidationScore, ...], max_iterations:
         )
     if not fit.converged:
         warnings.append(f"the fit stopped short of its optimum after {fit.iterations} iterations")
+    # Beyond the strongest the classifier hardly changes: its weights only shrink.
+    if len(validation) > 1 and l2 == validation[-1].l2:
+        warnings.append(f"the l2 chosen, {l2:.2g}, is the weakest of those tried: a better one may lie below")
     return tuple(warnings)

@@ -48,7 +48,7 @@ class LogisticRegression:
         self._variance_E = torch.cat([variance_D.clamp(min=0), variance_D.new_ones(1)])
         self._coordinates_nE = torch.cat([centred_nD @ self._axes_DD, features.new_ones(len(features), 1)], dim=1)
 
-    def fit(self, l2: float, *, start: Fit | None = None, max_iterations: int = 1000) -> Fit:
+    def fit(self, l2: float, *, start: Fit | None = None, max_iterations: int = 5000) -> Fit:
         """The optimum at strength `l2` > 0, searched from `start` (any strength's fit) or from zero."""
         from scipy.optimize import minimize
 

@@ -181,12 +181,12 @@ class Manifest:
         spread = "" if self.std is None else f" ± {self.std:.2%} over {len(self.values)} seeds"
         rows = [
             (self.metric, Text(f"{self.mean:.2%}{spread}", style="bold green")),
-            ("encoder", Text(f"{self.encoder.spec or 'a module'}  {_short(self.encoder.fingerprint)}")),
+            ("encoder", Text(f"{self.encoder.spec or 'a module'}, {_short(self.encoder.fingerprint)}")),
             ("transform", Text(self.encoder.transform)),
             ("train", _described(self.train, f"labels: {self.label_selection}")),
             ("test", _described(self.test)),
             ("settings", _listed(self.settings)),
-            ("details", _listed({key: value for key, value in self.details.items() if not isinstance(value, list)})),
+            ("details", _listed(self.details)),
             ("versions", _listed(self.versions)),
         ]
         table = Table(title=f"{self.task} evaluation", title_style="bold", show_header=False, box=box.ROUNDED)
@@ -207,12 +207,19 @@ def _short(fingerprint: str) -> str:
 def _described(dataset: DatasetRecord, *more: str) -> "Text":
     from rich.text import Text
 
-    parts = [f"{dataset.name}, {dataset.split}", f"{dataset.images:,} images, {len(dataset.classes)} classes", *more]
-    return Text(f"{'; '.join(parts)}  {_short(dataset.fingerprint)}")
+    facts = (f"{dataset.images:,} images", f"{len(dataset.classes)} classes", *more, _short(dataset.fingerprint))
+    return Text(f"{dataset.name}, {dataset.split}\n{', '.join(facts)}")
 
 
 def _listed(facts: Mapping[str, Any]) -> "Text":
     from rich.text import Text
 
-    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
-    return Text(", ".join(shown))
+    return Text(", ".join(f"{key} {_brief(value)}" for key, value in facts.items() if value not in ([], None)))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and isinstance(value[0], float):
+        return f"{len(value)} from {min(value):.4g} to {max(value):.4g}"
+    return f"{len(value)} in the file" if isinstance(value, list) else str(value)

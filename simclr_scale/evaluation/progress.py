@@ -19,5 +19,5 @@ def show_progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int],
             bar = bars.add_task(stage, total=total)
             yield lambda done: bars.update(bar, completed=done)
     else:
-        yield lambda done: None
+        yield lambda _done: None
         console.print(f"{stage}: {total:,} {unit} in {time.perf_counter() - started:.1f} s", highlight=False)

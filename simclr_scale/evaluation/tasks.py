@@ -77,7 +77,7 @@ def evaluate_linear(
     l2_values: tuple[float, ...] = L2_VALUES,
     validation_fraction: float = 0.2,
     seed: int = 0,
-    max_iterations: int = 1000,
+    max_iterations: int = 5000,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,

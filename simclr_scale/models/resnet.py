@@ -4,11 +4,12 @@ Definition followed: google-research/simclr, tf2/resnet.py. It is the post-activ
 channels times `width`; with `sk_ratio` > 0 the stem and the shortcuts become those of ResNet-D (He et al. 2018) and
 the 3x3 convolutions of the bottlenecks become selective kernels (Li et al. 2019).
 
-Points where Google's network and torchvision's of the same name give different features from the same weights:
-- the max-pool is TensorFlow's 'SAME': on an even map it pads below and to the right only;
+Departures of Google's network from torchvision's of the same name:
+- the max-pool is padded as TensorFlow's 'SAME', on an even map below and to the right only: other features from the
+  same weights;
 - the last batch norm of a block starts with gamma 0, and the initialisation is Keras' VarianceScaling.
 Where torchvision is followed instead: a shortcut that keeps the shape is the identity. Google projects the shortcut of
-the first block of every stage, which differs in the first stage of ResNet-18 and -34 alone (one 1x1 convolution).
+the first block of every stage; that differs in the first stage of ResNet-18 and -34 alone, by one 1x1 convolution.
 
 Parameters bear torchvision's names, so the plain networks load the weights of torchvision and timm.
 """
@@ -337,7 +338,14 @@ def _build(
     if pretrained_cfg is None and kwargs.get("small_images"):
         pretrained_cfg = {**_SMALL_IMAGE_CONFIG, "architecture": name}
     return build_model_with_cfg(
-        SimCLRResNet, name, pretrained, pretrained_cfg=pretrained_cfg, block=block, depths=depths, **kwargs
+        SimCLRResNet,
+        name,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        feature_cfg={"out_indices": tuple(range(len(depths) + 1))},
+        block=block,
+        depths=depths,
+        **kwargs,
     )
 
 

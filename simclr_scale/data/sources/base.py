@@ -81,12 +81,12 @@ def held_out_part(source: Source, split: str, seed: int) -> Source:
     if split == "val":
         raise InputError(f"{source.name}: has no validation split of its own; train and test can be had")
     train, test = (labelled[part] for part in stratified_split(source.labels[labelled], HELD_OUT_TRAIN_FRACTION, seed))
+    description = f"seeded 80/20 class-balanced split, seed {seed}, {split} part of {source.split_description}"
+    if split == "train":
+        return SubsetSource(source, np.union1d(train, np.flatnonzero(source.labels < 0)), description)
     if not test.size:
         raise InputError(f"{source.name}: no class has two images, so none can be held out for a test")
-    description = f"seeded 80/20 class-balanced split, seed {seed}, {split} part of {source.split_description}"
-    if split == "test":
-        return SubsetSource(source, test, description)
-    return SubsetSource(source, np.union1d(train, np.flatnonzero(source.labels < 0)), description)
+    return SubsetSource(source, test, description)
 
 
 def digest(parts: Iterable[bytes]) -> str:

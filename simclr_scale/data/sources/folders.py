@@ -59,7 +59,7 @@ def open_folder(name: str, root: str, request: SplitRequest) -> tuple[Source, bo
     """The images below an existing folder, and whether they are the whole data set, still to be divided.
 
     A folder with train/ and test/ (or val/: see `SplitRequest.choose`) is split by them, and what lies beside them is
-    not looked at; so is one that has nothing but train/. In what remains, the first-level folders that hold an image
+    not looked at; so is one that has no folder but train/. In what remains, the first-level folders that hold an image
     anywhere below are the classes, over all splits and sorted; one class alone tells nothing and counts as no labels.
     Images beside class folders are unlabelled. Names that begin with a dot are ignored. Symbolic links are followed,
     but never to a folder they lie in.
@@ -105,9 +105,13 @@ class _PackedNames:
         return os.fsdecode(self._bytes[start : self._ends[index]])
 
 
-def _walk(root: str) -> Iterator[str]:
-    """POSIX paths of the images below `root`, relative to it, in the file system's order and without a stat each."""
-    stack: list[tuple[str, str, tuple[str, ...]]] = [(root, "", (os.path.realpath(root),))]
+def _walk(root: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """POSIX paths of the images below `root`, relative to it, in the file system's order and without a stat each.
+
+    Nothing is found where `root` is a link to one of the folders `above`.
+    """
+    start = os.path.realpath(root)
+    stack = [(root, "", (*above, start))] if start not in above else []
     while stack:
         folder, prefix, ancestors = stack.pop()
         for entry in _visible(folder):
@@ -137,7 +141,8 @@ def _subfolders(root: str) -> list[str]:
 
 
 def _class_folders(root: str) -> list[str]:
-    return [name for name in _subfolders(root) if any(True for _ in _walk(os.path.join(root, name)))]
+    above = (os.path.realpath(root),)
+    return [name for name in _subfolders(root) if any(True for _ in _walk(os.path.join(root, name), above))]
 
 
 def _why_empty(folder: str) -> str:

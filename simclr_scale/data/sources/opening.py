@@ -101,7 +101,7 @@ def _table_location(spec: str, root: str | None) -> str:
     """An existing folder, or the id of a data set on the hub, which is NAME or OWNER/NAME."""
     path = spec.removeprefix("hfds/")
     folder = _in_root(path, root)
-    if os.path.isdir(folder):
+    if path and os.path.isdir(folder):
         return folder
     if not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or os.path.exists(folder):
         raise InputError(f"{spec}: no folder {folder}; after hfds/ comes a folder of parquet files or a hub id")

@@ -166,8 +166,9 @@ def _labels(dataset: Any) -> np.ndarray:
     first = _label(dataset[0])
     if first is None:
         return np.full(length, -1, dtype=np.int64)
-    for attribute in _LABEL_ATTRIBUTES:
-        values = np.asarray(getattr(dataset, attribute, ()))
+    kept = [getattr(dataset, attribute, ()) for attribute in _LABEL_ATTRIBUTES]
+    kept.append([sample[1] for sample in getattr(dataset, "_samples", ())])
+    for values in map(np.asarray, kept):
         if values.shape == (length,) and values.dtype.kind in "iu" and values[0] == first:
             return np.maximum(values.astype(np.int64), -1)
     labels = (_label(dataset[index]) for index in range(length))

@@ -1,0 +1,148 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simclr_scale.errors import InputError
+from simclr_scale.evaluation import (
+    Manifest,
+    evaluate_knn,
+    evaluate_linear,
+    extract_features,
+    image_loader,
+    knn_classify,
+    linear_probe,
+    top1,
+)
+from tests.evaluation.synthetic import ColorSource, small_encoder, to_tensor
+
+CLASSES = ("a", "b", "c", "d")
+TRAIN = ColorSource([0, 1, 2, 3] * 12 + [-1] * 3, CLASSES)
+TEST = ColorSource([3, 2, 1, 0, -1] * 5, CLASSES, seed=1)
+EVALUATIONS = [evaluate_knn, evaluate_linear]
+Evaluation = Callable[..., Manifest]
+
+
+def labelled_features(source: ColorSource) -> tuple[torch.Tensor, torch.Tensor]:
+    features, labels, _ = extract_features(small_encoder(), image_loader(source, to_tensor))
+    return features[labels >= 0], labels[labels >= 0]
+
+
+def test_knn_is_the_functions_put_together(tmp_path: Path) -> None:
+    manifest = evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=5, batch_size=7, spec="small")
+    (train, labels), (test, test_labels) = labelled_features(TRAIN), labelled_features(TEST)
+    assert manifest.values == (top1(knn_classify(train, labels, test, k=5), test_labels),)
+    record = json.loads(manifest.write(tmp_path / "knn.json").read_text())
+    assert record["task"] == "knn"
+    assert record["settings"] == {"k": 5, "temperature": 0.07, "similarity": "cosine"}
+    assert record["train"]["images"] == 48
+    assert record["train"]["unlabelled"] == 3
+    assert record["test"]["images"] == 20
+    assert record["encoder"]["spec"] == "small"
+    assert record["warnings"] == []
+
+
+def test_linear_is_the_functions_put_together(tmp_path: Path) -> None:
+    manifest = evaluate_linear(small_encoder(), to_tensor, TRAIN, TEST, l2_values=(1e-4, 1e-2, 1.0), seed=3)
+    train, labels = labelled_features(TRAIN)
+    probe = linear_probe(train, labels, *labelled_features(TEST), l2_values=(1e-4, 1e-2, 1.0), seed=3)
+    assert manifest.values == (probe.test_accuracy,)
+    assert manifest.mean > 0.5
+    record = json.loads(manifest.write(tmp_path / "linear.json").read_text())
+    assert record["settings"]["l2_values"] == [1e-4, 1e-2, 1.0]
+    assert record["settings"]["seed"] == 3
+    assert record["details"]["l2"] == probe.l2
+    assert [score["l2"] for score in record["details"]["validation"]] == [1.0, 1e-2, 1e-4]
+
+
+def test_a_given_l2_is_all_there_is_to_record() -> None:
+    manifest = evaluate_linear(small_encoder(), to_tensor, TRAIN, TEST, l2=0.01)
+    assert manifest.settings == {"l2": 0.01, "max_iterations": 5000}
+    assert manifest.details["validation"] == []
+
+
+def test_a_fit_that_stops_short_is_a_warning() -> None:
+    manifest = evaluate_linear(small_encoder(), to_tensor, TRAIN, TEST, l2=1e-6, max_iterations=1)
+    assert manifest.details["converged"] is False
+    assert manifest.warnings == ("the fit stopped short of its optimum after 1 iterations",)
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_test_images_of_unseen_classes_are_errors_and_counted(evaluate: Evaluation) -> None:
+    train = ColorSource([0, 1, 2] * 16, CLASSES)
+    with_unseen = evaluate(small_encoder(), to_tensor, train, TEST)
+    without = evaluate(small_encoder(), to_tensor, train, ColorSource([-1, 2, 1, 0, -1] * 5, CLASSES, seed=1))
+    assert with_unseen.mean == pytest.approx(0.75 * without.mean)
+    assert with_unseen.warnings == ("5 of 20 test images count as errors: their classes have no training image (d)",)
+    assert without.warnings == ()
+
+
+def test_classes_of_two_data_sets_are_matched_by_name() -> None:
+    # The same images and names, numbered otherwise; "x" takes the number that "a" has in the training set.
+    other = ("x", "d", "c", "b", "a")
+    renamed = ColorSource([1, 2, 3, 4, -1] * 5, other, seed=1)
+    renamed.image = TEST.image  # type: ignore[method-assign]
+    manifest = evaluate_knn(small_encoder(), to_tensor, TRAIN, renamed, k=5)
+    assert manifest.values == evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=5).values
+    assert manifest.mean > 0.5
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (ColorSource([-1] * 4, ()), TEST, "colors: no image of the train part has a label"),
+        (TRAIN, ColorSource([-1] * 4, ()), "colors: no image of the test part has a label"),
+        (ColorSource([2] * 4, CLASSES), TEST, "its training labels are all of class 'c'; a classifier needs"),
+        (
+            TRAIN,
+            ColorSource([0, 1], ("fish", "owl"), name="birds"),
+            r"birds: none of its classes (fish, owl) has a training image in colors (a, b, c, d)",
+        ),
+        (
+            ColorSource([0, 1], tuple("ABCDEFG")),
+            ColorSource([0, 1], ("x", "y")),
+            "(A, B, C, D, E and 2 more)",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_evaluated_are_refused_before_any_work(
+    evaluate: Evaluation, train: ColorSource, test: ColorSource, message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate(None, None, train, test)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "settings", "message"),
+    [
+        (evaluate_knn, {"k": 0}, "k: 0"),
+        (evaluate_knn, {"temperature": -1.0}, "temperature: -1.0"),
+        (evaluate_linear, {"l2": -1.0}, "l2: -1.0"),
+        (evaluate_linear, {"validation_fraction": 0.0}, "validation_fraction: 0.0"),
+    ],
+)
+def test_settings_are_refused_before_any_work(evaluate: Evaluation, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(None, None, TRAIN, TEST, **settings)
+
+
+def test_away_from_a_terminal_each_stage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST)
+    captured = capsys.readouterr()
+    stages = [re.sub(r" in [\d.]+ s$", "", line) for line in captured.err.splitlines()]
+    assert stages == ["features, train: 48 images", "features, test: 20 images", "nearest neighbours: 20 images"]
+    assert captured.out == ""
+
+
+def test_on_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    evaluate_linear(small_encoder(), to_tensor, TRAIN, TEST, l2_values=(1.0, 0.1))
+    bars = capsys.readouterr().err
+    assert "━" in bars
+    assert "3/3" in bars
+    assert np.char.count(bars, "logistic regression") >= 1
