@@ -172,8 +172,8 @@ def convert_global_batch_norm(module: nn.Module, group: dist.ProcessGroup | None
         converted._buffers = module._buffers
         converted.training = module.training
         if fused:
-            converted.add_module("drop", module.drop)
-            converted.add_module("act", module.act)
+            for name in ("drop", "act"):
+                converted.add_module(name, module.get_submodule(name))
         return converted
     for name, child in module.named_children():
         replacement = convert_global_batch_norm(child, group)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-import simclr_scale
+from simclr_scale import __version__
 from simclr_scale.bundle.transform import ImageTransform
 from simclr_scale.errors import InputError
 
@@ -28,12 +28,15 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
     if architecture is None:
         raise InputError("only encoders made by create_encoder can be saved: this one does not know its architecture")
     if not isinstance(transform, ImageTransform):
-        raise InputError(f"transform must be an ImageTransform, whose settings can be saved, not {type(transform).__name__}")
-    # timm's own facts about the architecture (names of its first and last layer) stay; the transform is ours.
+        raise InputError(
+            f"transform must be an ImageTransform, whose settings can be saved, not {type(transform).__name__}"
+        )
+    # The classifier's name lets timm put another one there. Not so first_conv: given it, timm would turn the stem of
+    # an encoder for 1 or 4 channels into one for 3 when it loads the weights.
     inherited = {
         key: value
         for key, value in dict(getattr(encoder, "pretrained_cfg", {})).items()
-        if key in ("first_conv", "classifier", "fixed_input_size", "pool_size") and value is not None
+        if key in ("classifier", "fixed_input_size") and value is not None
     }
     config = {
         "architecture": architecture.name.partition(".")[0],
@@ -41,7 +44,7 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
         "num_features": encoder.num_features,
         "model_args": {**architecture.kwargs, "in_chans": architecture.in_chans, "num_classes": 0},
         "pretrained_cfg": {**inherited, **transform.config, "num_classes": 0, "custom_load": False},
-        BUNDLE_KEY: {"version": simclr_scale.__version__, "facts": facts},
+        BUNDLE_KEY: {"version": __version__, "facts": facts},
     }
     return json.loads(json.dumps(config))
 

@@ -35,7 +35,9 @@ class ImageTransform:
     ) -> None:
         channels = input_size[0]
         if channels not in _COLOR_MODES:
-            raise InputError(f"a picture has 1 or 3 channels, not {channels}: {tuple(input_size)} cannot be its input size")
+            raise InputError(
+                f"a picture has 1 or 3 channels, not {channels}: {tuple(input_size)} cannot be its input size"
+            )
         self.config: dict[str, Any] = {
             "input_size": tuple(input_size),
             "crop_pct": crop_pct,

@@ -3,27 +3,30 @@
 The table imports nothing heavy, so that ``simclr-scale --help`` answers at once.
 """
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
+from simclr_scale import __version__
 from simclr_scale.errors import InputError
 
 PROGRAM = "simclr-scale"
 
 
 class Command(NamedTuple):
-    """Where a command lives (a module with ``main(argv)``) and what it does, in a line."""
+    """The function behind a command, which takes its arguments, and what it does, in a line."""
 
     module: str
+    function: str
     summary: str
 
 
 COMMANDS = {
-    "pretrain": Command("pretrain", "train an encoder without labels, from a recipe"),
-    "knn": Command("evaluate", "score an encoder by its nearest neighbours"),
-    "linear": Command("linear", "score an encoder by a linear classifier on its features"),
+    "pretrain": Command("pretrain", "main", "train an encoder without labels, from a recipe"),
+    "knn": Command("evaluate", "knn", "score an encoder by its nearest neighbours"),
+    "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
 }
 
 
@@ -34,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_table())
         return 0
     if arguments[0] == "--version":
-        import simclr_scale
-
-        print(simclr_scale.__version__)
+        print(__version__)
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}; {hint}")
     try:
-        import_module(f"simclr_scale.cli.{COMMANDS[name].module}").main(rest)
+        command = COMMANDS[name]
+        getattr(import_module(f"simclr_scale.cli.{command.module}"), command.function)(rest)
     except InputError as error:
         return fail(str(error), name)
     return 0
@@ -52,8 +54,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def fail(message: str, command: str = "") -> int:
     """Prints one line on standard error, on the first rank alone, and returns the exit status for bad input."""
-    import os
-
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
         one_line = " ".join(message.split())
         print(f"{PROGRAM}{f' {command}' if command else ''}: error: {one_line}", file=sys.stderr)

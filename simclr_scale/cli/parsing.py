@@ -20,12 +20,12 @@ class OneLineErrors(ArgumentParser):
 def _readable(message: str, known: list[str]) -> str:
     """jsonargparse's message on one line, with the nearest known key where one is unknown."""
     line = " ".join(message.split())
-    for word in line.replace("'", " ").replace('"', " ").split():
-        key = word.lstrip("-").partition("=")[0]
-        if ("Unrecognized" in line or "not expected" in line) and key not in known:
-            if close := get_close_matches(key, known, n=1, cutoff=0.75):
-                return f"{line}; did you mean {close[0]}?"
-    return line
+    if "Unrecognized" not in line and "not expected" not in line:
+        return line
+    words = (word.lstrip("-").partition("=")[0] for word in line.replace("'", " ").replace('"', " ").split())
+    nearest = (get_close_matches(word, known, n=1, cutoff=0.75) for word in words if word not in known)
+    close = next((matches[0] for matches in nearest if matches), None)
+    return f"{line}; did you mean {close}?" if close else line
 
 
 class RecipeFile(ActionConfigFile):

@@ -1,5 +1,6 @@
 """``simclr-scale pretrain``: from a recipe to an encoder."""
 
+import logging
 import os
 import time
 import warnings
@@ -24,6 +25,12 @@ from simclr_scale.pretraining.simclr import SimCLR
 _RUN_NAME = "SIMCLR_SCALE_RUN_NAME"
 _ABOUT_THE_RUN = ("name", "runs_dir", "resume", "override")
 
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+)
+
 EPILOG = """examples:
   simclr-scale pretrain --config quickstart
   simclr-scale pretrain --config cifar10_small --data.source hfds/PATH --name first --trainer.devices 2
@@ -43,7 +50,11 @@ class PretrainCLI(LightningCLI):
             SimCLR,
             SimCLRDataModule,
             save_config_callback=None,  # RunFolder saves it, and never over another
-            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
@@ -70,7 +81,9 @@ class PretrainCLI(LightningCLI):
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
-        shorten_help(parser, keep=("max_epochs", "max_steps", "devices", "num_nodes", "accelerator", "strategy", "precision"))
+        shorten_help(
+            parser, keep=("max_epochs", "max_steps", "devices", "num_nodes", "accelerator", "strategy", "precision")
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Straight to the parser: Lightning warns where arguments are given beside sys.argv, from which, unchanged,
@@ -134,10 +147,17 @@ def _check_same_run(cli: PretrainCLI, start: Start) -> None:
         )
 
 
+def _quieten() -> None:
+    """Keeps what Lightning says to its developers, hints and advertisements from the user's screen."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def main(argv: list[str]) -> None:
     """Trains; the files are those of ``runs/NAME/`` (see the documentation)."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*No device id is provided via `init_process_group`.*")
+    _quieten()
     cli = PretrainCLI(argv)
     progress = cli.trainer.progress_bar_callback
     assert isinstance(progress, RunProgress)

@@ -30,15 +30,13 @@ def sample_boxes(
     tries, position = uniforms[..., :-2].reshape(*uniforms.shape[:-1], MAX_TRIES, 2), uniforms[..., -2:]
     sample = _google_sizes if augmentation.crop_sampling == "google" else _torchvision_sizes
     heights, widths, valid, fallback = sample(tries, sizes[..., None, :], augmentation)
-    first = valid.argmax(-1)[..., None]
-    found = valid.any(-1)
+    first = np.asarray(valid.argmax(-1))[..., None]
+    found = np.asarray(valid.any(-1))
     box = np.stack([np.take_along_axis(part, first, -1)[..., 0] for part in (heights, widths)], -1)
     room = np.broadcast_to(sizes, box.shape) - box
-    if augmentation.crop_sampling == "google":
-        # TensorFlow draws from 0 .. room - 1, or 0 where there is no room.
-        corner = np.floor(position * room)
-    else:
-        corner = np.floor(position * (room + 1))
+    # TensorFlow never draws the last place, torchvision does.
+    places = room if augmentation.crop_sampling == "google" else room + 1
+    corner = np.floor(position * places)
     corner = np.where(found[..., None], corner, (np.broadcast_to(sizes, box.shape) - fallback) // 2)
     return np.concatenate([corner, np.where(found[..., None], box, fallback)], -1)
 
@@ -60,7 +58,9 @@ def _torchvision_sizes(
 
     height, width = height[..., 0].astype(float), width[..., 0].astype(float)
     bounded = np.clip(width / height, *a.crop_ratio)
-    fallback = np.stack([np.minimum(height, np.rint(width / bounded)), np.minimum(width, np.rint(height * bounded))], -1)
+    fallback = np.stack(
+        [np.minimum(height, np.rint(width / bounded)), np.minimum(width, np.rint(height * bounded))], -1
+    )
     return heights, widths, valid, np.broadcast_to(fallback, (*tries.shape[:-2], 2))
 
 

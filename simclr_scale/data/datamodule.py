@@ -1,6 +1,5 @@
 """The data of a pretraining run, for Lightning."""
 
-import os
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -11,6 +10,7 @@ from simclr_scale.data.memory import load_pixels
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
+from simclr_scale.data.workers import default_workers
 from simclr_scale.errors import InputError
 
 _SMALL_IMAGE = 64
@@ -135,8 +135,7 @@ class SimCLRDataModule(pl.LightningDataModule):
             return self.num_workers
         if self._dataset.pixels is not None:
             return 0
-        processes = self.trainer.num_devices if self.trainer is not None else 1
-        return max(1, min(8, len(os.sched_getaffinity(0)) // processes)) if hasattr(os, "sched_getaffinity") else 4
+        return default_workers(self.trainer.num_devices if self.trainer is not None else 1)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "draws" in batch:

@@ -45,7 +45,7 @@ def draw_views(
     augmentation: Augmentation,
     seed: int,
     epoch: int,
-    indices: Sequence[int],
+    indices: Sequence[int] | NDArray[np.int64],
     sizes: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Draws both views of some images.

@@ -15,7 +15,7 @@ class Key(NamedTuple):
     """What a worker needs to make the views of one image."""
 
     epoch: int
-    index: int
+    image: int
 
 
 class Position(NamedTuple):
@@ -55,7 +55,9 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         position: Callable[[], Position] = lambda: Position(0, 0),
     ) -> None:
         if global_batch_size < 2:
-            raise InputError(f"data.global_batch_size must be at least 2 (one image has no negatives), got {global_batch_size}")
+            raise InputError(
+                f"data.global_batch_size must be at least 2 (one image has no negatives), got {global_batch_size}"
+            )
         if global_batch_size % world_size:
             raise InputError(
                 f"data.global_batch_size {global_batch_size} does not divide by the {world_size} ranks; "

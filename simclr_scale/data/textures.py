@@ -33,7 +33,7 @@ def _triangle(x: Array) -> Array:
     return 4 * np.abs(x / _PERIOD - np.floor(x / _PERIOD + 0.5)) - 1
 
 
-def _stripes(u: Array, v: Array) -> Array:
+def _stripes(u: Array, _: Array) -> Array:
     return np.sin(_WAVE * u)
 
 

@@ -46,7 +46,7 @@ class ViewsDataset(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         epoch = keys[0].epoch
-        indices = np.array([key.index for key in keys])
+        indices = np.array([key.image for key in keys])
         batch = {"index": torch.from_numpy(indices), "label": torch.from_numpy(self.source.labels[indices])}
         if self.pixels is not None:
             sizes = np.array(self.pixels.shape[-2:])

@@ -46,7 +46,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: Any) -> None:
         if self.folder is None or trainer.global_step == self._last_step or trainer.fast_dev_run:
             return
         self._last_step = trainer.global_step
@@ -98,7 +98,7 @@ def is_intact(path: Path) -> bool:
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is whole, and the damaged ones that were passed over."""
-    damaged = []
+    damaged: list[Path] = []
     for path in checkpoints(folder):
         if is_intact(path):
             return path, damaged

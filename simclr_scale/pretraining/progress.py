@@ -36,15 +36,18 @@ class RunProgress(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         self.say(" ".join(map(str, args)))
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._total = int(trainer.estimated_stepping_batches)
-        self._batch = pl_module._global_batch_size() if hasattr(pl_module, "_global_batch_size") else 0
+        self._batch = pl_module.global_batch_size()
         self._shown = self._lined = time.monotonic()
         self._steps: list[tuple[float, int]] = [(time.monotonic(), trainer.global_step)]
         if self._enabled and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"), console=self.console
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, numbers="")

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 
-import simclr_scale
+from simclr_scale import __version__
 from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
@@ -69,7 +69,7 @@ class RunFolder(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         monitor = next((callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)), None)  # type: ignore[attr-defined]
         scores: dict[str, float] = {}
-        if monitor is not None and monitor.trained is not None:
+        if monitor is not None and monitor.trained is not None and monitor.untrained is not None:
             scores = {**monitor.baselines(trainer), "untrained": monitor.untrained, "trained": monitor.trained}
         if not trainer.is_global_zero:
             return
@@ -93,7 +93,7 @@ class RunFolder(pl.Callback):
             "devices": trainer.world_size,
             "seed": data.seed,
             "seconds": round(self._seconds(), 1),
-            "version": simclr_scale.__version__,
+            "version": __version__,
         }
         if scores and monitor is not None:
             facts["knn_top1"] = {name: round(value, 4) for name, value in scores.items()}

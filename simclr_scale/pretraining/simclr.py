@@ -104,8 +104,11 @@ class SimCLR(pl.LightningModule):
                 (self._channels, data.image_size, data.image_size), crop_pct=data.augmentation.evaluation_crop
             )
             classes = data.num_classes if classes is None else classes
+            self._require_image_size(data.image_size)
         elif self.transform is None:
-            self.transform = ImageTransform(getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224)))
+            self.transform = ImageTransform(
+                getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+            )
         if classes and self.probe is None:
             self.probe = OnlineProbe(int(self.encoder.num_features), classes)  # type: ignore[arg-type]
         if self.trainer.world_size > 1:
@@ -113,6 +116,19 @@ class SimCLR(pl.LightningModule):
             convert_global_batch_norm(self.head)
         if self._compile:
             self.encoder.compile()
+
+    @torch.no_grad()
+    def _require_image_size(self, size: int) -> None:
+        """A vision transformer, for one, takes images of one size only: find out before training does."""
+        training = self.encoder.training
+        try:
+            self.encoder.eval()(torch.zeros(1, self._channels, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"model.encoder does not take images of {self._channels} x {size} x {size} (data.image_size): {reason}"
+            ) from error
+        self.encoder.train(training)
 
     @property
     def _channels(self) -> int:
@@ -139,7 +155,7 @@ class SimCLR(pl.LightningModule):
             # Each image counts once: its first view.
             probe_loss, probe_accuracy = self.probe.update(h[: len(labels)], labels)
             self.log_dict({"probe_loss": probe_loss, "probe_accuracy": probe_accuracy})
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Only when it is shown: it costs a gather and a product of its own.
             self.log("contrastive_accuracy", contrastive_accuracy(z.detach()), prog_bar=True)
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -151,17 +167,16 @@ class SimCLR(pl.LightningModule):
             raise InputError("training has no end: give --trainer.max_epochs or --trainer.max_steps")
         steps_an_epoch = int(self.trainer.num_training_batches)
         warmup = round(self.warmup_epochs * steps_an_epoch)
-        peak = scaled_learning_rate(self.base_learning_rate, self._global_batch_size(), self.lr_scaling)
+        peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
         groups = param_groups(nn.ModuleDict({"encoder": self.encoder, "head": self.head}), self.weight_decay)
         make = self._optimizer or LARS
         optimizer = make(groups, lr=peak)  # type: ignore[call-arg]
         warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training
-        schedule = LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total))
-        )
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _global_batch_size(self) -> int:
+    def global_batch_size(self) -> int:
+        """Images in one step over all ranks, which the learning rate follows."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SimCLRDataModule):
             return data.global_batch_size
