@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
@@ -78,6 +79,7 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="where runs are kept")
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
+        parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
@@ -99,6 +101,11 @@ class PretrainCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches {accumulated} would not add negatives: keep it at 1, and set "
                 "model.chunk_size to fit a large batch on a small device"
             )
+        threads = self.config.threads
+        if threads is not None:
+            if threads < 1:
+                raise InputError(f"--threads must be at least 1, got {threads}")
+            torch.set_num_threads(threads)
         self.start = find_start(self.config, _default_name(self.config))
         if self.start.checkpoint is not None:
             _check_same_run(self, self.start)
@@ -126,7 +133,7 @@ class PretrainCLI(LightningCLI):
 
 def _default_name(config: Namespace) -> str:
     """A name all processes of this start agree on: handed down by the one that launched them, or by the cluster."""
-    if name := os.environ.get(_RUN_NAME):
+    if "LOCAL_RANK" in os.environ and (name := os.environ.get(_RUN_NAME)):
         return name
     files = config.get("config") or []
     recipe = Path(str(files[-1])).stem if files else "pretrain"

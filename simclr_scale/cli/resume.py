@@ -11,6 +11,7 @@ from simclr_scale.pretraining.checkpointing import newest_intact
 
 # What cannot change the result of a run: where and on how many devices it runs, and what it writes.
 _HARMLESS = (
+    "threads",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

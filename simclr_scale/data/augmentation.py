@@ -1,14 +1,18 @@
 """The settings of SimCLR's augmentation, and the presets for kinds of images."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, get_type_hints
 
 from simclr_scale.errors import InputError
 
 ColorOps = Literal["torchvision", "google"]
 CropSampling = Literal["torchvision", "google"]
+BrightnessMode = Literal["multiplicative", "additive"]
 Preset = Literal["natural", "small"]
+
+_CHOICES = {"color_ops": ColorOps, "crop_sampling": CropSampling, "brightness_mode": BrightnessMode}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Augmentation:
     contrast: float = 0.8
     saturation: float = 0.8
     hue: float = 0.2
-    brightness_mode: Literal["multiplicative", "additive"] = "multiplicative"
+    brightness_mode: BrightnessMode = "multiplicative"
     grey: float = 0.2
     blur: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -54,12 +58,15 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"augmentation.{name} is a probability, 0 to 1, got {getattr(self, name)}")
         for name in ("strength", "brightness", "contrast", "saturation", "hue"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"augmentation.{name} must be 0 or above, got {getattr(self, name)}")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 raise InputError(f"augmentation.{name} must be a range 0 < low <= high, got [{low}, {high}]")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(f"augmentation.{name} is {' or '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.crop_scale[1] > 1:
             raise InputError(f"augmentation.crop_scale is a share of the image, at most 1, got {self.crop_scale[1]}")
         if self.strength * self.hue > 0.5:

@@ -33,7 +33,7 @@ def augment_colors(views: Tensor, draws: Tensor, augmentation: Augmentation) -> 
     Returns:
         (2B, 3, H, W) float32 in [0, 1]: all first views, then all second views.
     """
-    x = views.transpose(0, 1).flatten(0, 1).to(torch.float32).div_(255)
+    x = views.transpose(0, 1).flatten(0, 1) / 255
     draws = draws.transpose(0, 1).flatten(0, 1)
     if x.device.type != "cpu":
         return _augment(x, draws, augmentation)

@@ -74,7 +74,7 @@ def _google_sizes(
     """
     height, width = sizes[..., 0], sizes[..., 1]
     aspect = a.crop_ratio[0] + (a.crop_ratio[1] - a.crop_ratio[0]) * tries[..., 0]
-    least, most = a.crop_scale[0] * height * width, a.crop_scale[1] * height * width
+    least, most = a.crop_scale[0] * width * height, a.crop_scale[1] * width * height
     highest = np.rint(np.sqrt(most / aspect))
     highest = np.where(np.rint(highest * aspect) > width, np.floor((width + 0.5 - 1e-7) / aspect), highest)
     highest = np.minimum(np.where(np.rint(highest * aspect) > width, highest - 1, highest), height)
@@ -98,9 +98,10 @@ def cut(image: Tensor, box: NDArray[np.float32], size: int) -> Tensor:
 
 
 def cut_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crops of many equally large images at once, on their device: the same function as :func:`cut`, unrounded.
+    """Crops of many equally large images at once, on their device: :func:`cut` without its rounding.
 
-    Resizing is linear and separable, so each crop is a product with two small matrices.
+    Resizing is linear and separable, so each crop is a product with two small matrices. On bytes, the resize behind
+    :func:`cut` also rounds and clips between its two passes, which shows where a sharp edge overshoots black or white.
 
     Args:
         images: (B, C, H, W) uint8.

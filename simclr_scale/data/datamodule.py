@@ -62,8 +62,9 @@ class SimCLRDataModule(pl.LightningDataModule):
         overrides |= {"color_ops": color_ops} if color_ops else {}
         overrides |= {"crop_sampling": crop_sampling} if crop_sampling else {}
         self.augmentation = resolve(preset, overrides)
-        if seed < 0:
-            raise InputError(f"data.seed must be 0 or above, got {seed}")
+        for name, value, least in (("seed", seed, 0), ("num_workers", num_workers, 0), ("image_size", image_size, 1)):
+            if value is not None and value < least:
+                raise InputError(f"data.{name} must be {least} or above, got {value}")
         self.source, self.root = source, root
         self.train_split, self.test_split = train_split, test_split
         self.image_key, self.label_key = image_key, label_key
@@ -71,18 +72,22 @@ class SimCLRDataModule(pl.LightningDataModule):
         self.requested_image_size, self.seed = image_size, seed
         self.train_source: Source | None = None
         self.test_source: Source | None = None
+        self._dataset: ViewsDataset | None = None
+        self._restored: Position | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the source and checks the batch against it, before anything is trained or written."""
-        if self.train_source is not None:
-            return
-        self.train_source = self._open("train")
-        has_labels = (self.train_source.labels >= 0).any()
-        self.test_source = self._open("test") if has_labels else None
-        self.image_size = self.requested_image_size or _natural_size(self.train_source)
+        self._restored = None
+        if self.train_source is None:
+            self.train_source = self._open("train")
+            has_labels = (self.train_source.labels >= 0).any()
+            self.test_source = self._open("test") if has_labels else None
+            self.image_size = self.requested_image_size or _natural_size(self.train_source)
+        # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
         self._sampler = self._make_sampler(len(self.train_source))
-        pixels = load_pixels(self.train_source, self.in_memory)
-        self._dataset = ViewsDataset(self.train_source, self.augmentation, self.image_size, self.seed, pixels)
+        if self._dataset is None:
+            pixels = load_pixels(self.train_source, self.in_memory)
+            self._dataset = ViewsDataset(self.train_source, self.augmentation, self.image_size, self.seed, pixels)
 
     def _open(self, split: Literal["train", "test"]) -> Source:
         return open_source(
@@ -104,14 +109,27 @@ class SimCLRDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            position=self._position,
+            position=self._start,
         )
 
+    def _start(self) -> Position:
+        """Where an epoch begins: after a restart in its middle, the batches already done are left out."""
+        restored, self._restored = self._restored, None
+        return restored or self._position()
+
     def _position(self) -> Position:
-        """Where Lightning stands: after a restart in the middle of an epoch, the batches already done are left out."""
         if self.trainer is None:
             return Position(0, 0)
         return Position(self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training goes on. Lightning keeps it too, but starts the workers before it restores its own."""
+        epoch, batch = self._position()
+        ended = self.trainer is not None and batch >= self.trainer.num_training_batches
+        return (Position(epoch + 1, 0) if ended else Position(epoch, batch))._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = Position(**state_dict)
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +137,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         return len(self.train_source.classes) if self.train_source is not None else 0
 
     def train_dataloader(self) -> DataLoader[Batch]:
+        assert self._dataset is not None, "Lightning calls setup first"
         workers = self.worker_count()
         return DataLoader(
             self._dataset,
@@ -133,7 +152,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         """Processes that decode images on this rank."""
         if self.num_workers is not None:
             return self.num_workers
-        if self._dataset.pixels is not None:
+        if self._dataset is not None and self._dataset.pixels is not None:
             return 0
         return default_workers(self.trainer.num_devices if self.trainer is not None else 1)
 

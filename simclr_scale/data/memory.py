@@ -14,13 +14,13 @@ def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
     """All images as (N, C, H, W) uint8, or None where they are too large or not of one size.
 
     Args:
-        wanted: True loads images of any size that fit in one tensor, False never loads, None only small ones.
+        wanted: True loads images of any one size, False none, None only small ones.
     """
+    if wanted is False:
+        return None
     pixels = getattr(source, "pixels", None)
     if pixels is not None:
         return pixels
-    if wanted is False:
-        return None
     first = pil_to_tensor(source.image(0))
     if not wanted and (max(first.shape[-2:]) > _LARGEST_SIDE or first.numel() * len(source) > _LARGEST_BYTES):
         return None

@@ -92,7 +92,7 @@ PATTERNS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def _two_colors(rng: np.random.Generator) -> NDArray[np.float64]:
-    """A light and a dark colour (2, 3) of any hue, in random order: every pattern is visible, also in grey."""
+    """A light and a dark colour (2, 3) of any hue, in random order; their luma, too, nearly always differs."""
     hue, saturation = rng.uniform(0, 6, 2), rng.uniform(*_SATURATION, 2)
     value = np.array([rng.uniform(*_LIGHT), rng.uniform(*_DARK)])
     sextant = (hue[:, None] + np.array([5, 3, 1])) % 6

@@ -33,14 +33,16 @@ def encode_in_chunks(encoder: nn.Module, x: Tensor, chunk_size: int) -> Tensor:
 @contextmanager
 def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Normalises by the batch as in training, but leaves running statistics alone: the first forward updated them."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None]
+    norms = [module for module in module.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    counts = [(count, count.clone()) for norm in norms if (count := norm.num_batches_tracked) is not None]
     for norm in norms:
-        norm.momentum = 0.0
+        pass
     try:
         yield
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked -= 1
+        for count, before in counts:
+            # By value: the second forward breaks off as soon as backward has all it needs, maybe before the last norm.
+            count.copy_(before)

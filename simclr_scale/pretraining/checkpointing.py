@@ -11,12 +11,15 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from simclr_scale.errors import InputError
 
-_NAME = re.compile(r"step=(\d+)\.ckpt")
+_NAME = re.compile(r"step=\d+\.ckpt")
 LAST = "last.ckpt"
 
 
 class RunCheckpoint(Checkpoint):
     """Keeps the newest checkpoints of a run as ``step=N.ckpt``, each with a ``.sha256``, and ``last.ckpt``.
+
+    A checkpoint appears once the metrics of its last step are logged: it is written at the end of a step or an epoch,
+    and moved into place when the next one starts. Whenever a run is killed, resuming loses and repeats no metric.
 
     Args:
         every_n_epochs: epochs between checkpoints; there is always one at the end of training.
@@ -31,34 +34,58 @@ class RunCheckpoint(Checkpoint):
         self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
         self.folder: Path | None = None
         self._last_step = -1
+        self._written: Path | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.folder is not None and trainer.is_global_zero:
+            for leftover in self.folder.glob(".*.partial"):
+                leftover.unlink()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._publish(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # The last batch of an epoch is left to the end of the epoch, whose state differs from that of its middle.
-        in_epoch = not trainer.is_last_batch
-        if in_epoch and self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if not trainer.is_last_batch and (due or _stops_here(trainer)):
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if ends or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._save(trainer)
+        epochs = trainer.current_epoch + 1
+        if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs or _stops_here(trainer):
+            self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
+        self._publish(trainer)
 
-    def _save(self, trainer: Any) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._publish(trainer)
+
+    def _write(self, trainer: Any) -> None:
         if self.folder is None or trainer.global_step == self._last_step or trainer.fast_dev_run:
             return
-        self._last_step = trainer.global_step
-        path = self.folder / f"step={trainer.global_step}.ckpt"
-        beside = path.with_name(f".{path.name}.partial")
+        beside = self.folder / f".step={trainer.global_step}.ckpt.partial"
         trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            publish(beside, path)
-            for old in checkpoints(self.folder)[self.keep :]:
+        self._written, self._last_step = beside, trainer.global_step
+
+    def _publish(self, trainer: pl.Trainer) -> None:
+        written, self._written = self._written, None
+        if written is None or not trainer.is_global_zero:
+            return
+        path = written.with_name(f"step={self._last_step}.ckpt")
+        publish(written, path)
+        saved = checkpoints(path.parent)
+        # Those of later steps belong to a course of the run that was left when it resumed before them.
+        kept = [other for other in saved if _step(other) <= self._last_step][: self.keep]
+        for old in saved:
+            if old not in kept:
                 _checksum_path(old).unlink(missing_ok=True)
                 old.unlink()
-        trainer.strategy.barrier("checkpoint")
+
+
+def _stops_here(trainer: pl.Trainer) -> bool:
+    """Whether training ends with this step, be it in the middle of an epoch."""
+    return trainer.should_stop or trainer.global_step == trainer.max_steps
 
 
 def publish(beside: Path, path: Path) -> None:
@@ -86,8 +113,11 @@ def _checksum_path(path: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    steps = {path: match for path in folder.glob("step=*.ckpt") if (match := _NAME.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
+    return sorted((path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step="))
 
 
 def is_intact(path: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from simclr_scale.bundle import ImageTransform, load_encoder
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.data.sources import Source
-from simclr_scale.distributed import World, world
+from simclr_scale.distributed import world
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.features import extract_features, gather_features, image_loader
 from simclr_scale.evaluation.knn import knn_classify
@@ -41,13 +41,18 @@ class KNNMonitor(pl.Callback):
         max_train_images: int | None = 50_000,
         batch_size: int = 256,
     ) -> None:
-        for name, value in {"every_n_epochs": every_n_epochs, "k": k, "batch_size": batch_size}.items():
+        sizes = {"every_n_epochs": every_n_epochs, "k": k, "batch_size": batch_size}
+        if max_train_images is not None:
+            sizes["max_train_images"] = max_train_images
+        for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"knn.{name} must be at least 1, got {value}")
+        if not temperature > 0:
+            raise InputError(f"knn.temperature must be above 0, got {temperature}")
         self.every_n_epochs, self.k, self.temperature = every_n_epochs, k, temperature
         self.max_train_images, self.batch_size = max_train_images, batch_size
         self.untrained: float | None = None
-        self.trained: float | None = None
+        self._trained: tuple[int, float] | None = None  # the step it was measured after, and the value
 
     def state_dict(self) -> dict[str, Any]:
         return {"untrained": self.untrained}
@@ -62,12 +67,10 @@ class KNNMonitor(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         if (ends or (trainer.current_epoch + 1) % self.every_n_epochs == 0) and _has_held_out_images(trainer):
-            self.trained = self._measure(trainer, pl_module)
-            pl_module.log("knn_top1", self.trained)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _has_held_out_images(trainer):
-            self.trained = self._measure(trainer, pl_module)
+            value = self._measure(trainer, pl_module)
+            self._trained = trainer.global_step, value
+            # The ranks have one value, and rank 0 logs.
+            pl_module.log("knn_top1", value, rank_zero_only=True)
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> float:
         value = self.top1(trainer, pl_module.encoder, pl_module.transform)
@@ -75,9 +78,17 @@ class KNNMonitor(pl.Callback):
             trainer.progress_bar_callback.pause(trainer)
         return value
 
-    def baselines(self, trainer: pl.Trainer) -> dict[str, float]:
-        """What no training gives: the same score of raw pixels and of colour histograms."""
-        return {name: self.top1(trainer, *load_encoder(spec)) for name, spec in BASELINES.items()}
+    def scores(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
+        """The trained encoder beside three that learnt nothing; empty where no labels are held out.
+
+        The others are raw pixels, colour histograms and the encoder as it was before training.
+        """
+        if self.untrained is None:
+            return {}
+        baselines = {name: self.top1(trainer, *load_encoder(spec)) for name, spec in BASELINES.items()}
+        if self._trained is None or self._trained[0] != trainer.global_step:
+            self._trained = trainer.global_step, self.top1(trainer, pl_module.encoder, pl_module.transform)
+        return {**baselines, "untrained": self.untrained, "trained": self._trained[1]}
 
     def top1(self, trainer: pl.Trainer, encoder: nn.Module, transform: ImageTransform) -> float:
         """kNN top-1 of an encoder on the data of a run; every rank extracts its share and gets the same value."""
@@ -86,8 +97,9 @@ class KNNMonitor(pl.Callback):
         assert data.test_source is not None
         device = trainer.strategy.root_device
         parts = []
+        ranks = world()
         for source, limit in ((data.train_source, self.max_train_images), (data.test_source, None)):
-            indices = _share(source, limit, world())
+            indices = labelled_images(source, limit)[ranks.rank :: ranks.size]
             loader = image_loader(
                 source, transform, batch_size=self.batch_size, indices=indices, num_workers=data.worker_count()
             )
@@ -103,9 +115,9 @@ def _has_held_out_images(trainer: pl.Trainer) -> bool:
     return isinstance(data, SimCLRDataModule) and data.test_source is not None
 
 
-def _share(source: Source, limit: int | None, ranks: World) -> list[int]:
-    """This rank's part of at most ``limit`` labelled images."""
+def labelled_images(source: Source, limit: int | None = None) -> list[int]:
+    """At most ``limit`` of the images that have a label, evenly spaced."""
     labelled = np.flatnonzero(source.labels >= 0)
     if limit is not None and len(labelled) > limit:
         labelled = labelled[np.linspace(0, len(labelled) - 1, limit).round().astype(int)]
-    return labelled[ranks.rank :: ranks.size].tolist()
+    return labelled.tolist()

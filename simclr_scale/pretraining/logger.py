@@ -13,7 +13,9 @@ from pytorch_lightning.utilities import rank_zero_only
 class RunLogger(Logger):
     """One row a logged step in ``metrics.csv``, and the same numbers as TensorBoard events.
 
-    Nothing is written before the first metric. Columns that appear later are added to the rows before, empty.
+    The ``step`` of a row is the index of the step that it describes, the first being 0; what is logged at the end of an
+    epoch belongs to its last step. Nothing is written before the first metric. Columns that appear later are added to
+    the rows before, empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,6 +24,7 @@ class RunLogger(Logger):
         self._rows: list[dict[str, str]] | None = None
         self._columns: list[str] = []
         self._events: Any = None
+        self._first_step: int | None = None
 
     @property
     def name(self) -> str:
@@ -66,6 +69,7 @@ class RunLogger(Logger):
         if self.path.exists():
             self._rows = [row for row in self._read() if int(row["step"]) < step]
             self._rewrite({})
+            self._first_step = step
 
     @rank_zero_only
     def save(self) -> None:
@@ -102,5 +106,5 @@ class RunLogger(Logger):
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, only for those who log
 
-            self._events = SummaryWriter(str(self.folder))
+            self._events = SummaryWriter(str(self.folder), purge_step=self._first_step)
         return self._events

@@ -35,7 +35,7 @@ class OnlineProbe(nn.Module):
             Cross-entropy and accuracy of this rank's rows before the step; 0 where no row has a label.
         """
         known = labels >= 0
-        features, labels = features.detach()[known].float(), labels[known]
+        features, labels = features.detach()[known].to(self.classifier.weight.dtype), labels[known]
         with torch.autocast(features.device.type, enabled=False):
             logits = self.classifier(features)
         residual = logits.softmax(1) - F.one_hot(labels, logits.shape[1])

@@ -31,7 +31,7 @@ class RunProgress(ProgressBar):
     def say(self, text: str) -> None:
         """Prints a line above the bar, on rank 0."""
         if self._enabled:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         self.say(" ".join(map(str, args)))

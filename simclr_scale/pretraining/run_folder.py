@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from simclr_scale import __version__
 from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
-from simclr_scale.pretraining.knn_monitor import KNNMonitor
+from simclr_scale.pretraining.knn_monitor import KNNMonitor, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
 
 CONFIG = "config.yaml"
@@ -58,8 +59,9 @@ class RunFolder(pl.Callback):
             except FileExistsError as error:
                 raise InputError(f"run {self.folder} exists already; give another --name, or --resume auto") from error
             (self.folder / CONFIG).write_text(self.config)
+        if trainer.is_global_zero:
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
         trainer.strategy.barrier("run folder")
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -68,9 +70,7 @@ class RunFolder(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         monitor = next((callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)), None)  # type: ignore[attr-defined]
-        scores: dict[str, float] = {}
-        if monitor is not None and monitor.trained is not None and monitor.untrained is not None:
-            scores = {**monitor.baselines(trainer), "untrained": monitor.untrained, "trained": monitor.trained}
+        scores = monitor.scores(trainer, pl_module) if monitor is not None else {}
         if not trainer.is_global_zero:
             return
         summary = self._summary(trainer, monitor, scores)
@@ -100,36 +100,43 @@ class RunFolder(pl.Callback):
             facts["knn"] = {
                 "k": monitor.k,
                 "temperature": monitor.temperature,
-                "train_images": min(len(data.train_source), monitor.max_train_images or len(data.train_source)),
-                "test_images": len(data.test_source),
+                "train_images": len(labelled_images(data.train_source, monitor.max_train_images)),
+                "test_images": len(labelled_images(data.test_source)),
                 "test_split": data.test_source.split_description,
             }
         return facts
 
     def _replace_encoder(self, pl_module: Any, facts: dict[str, Any]) -> None:
-        """The bundle of a resumed run takes the place of its former one, which lasts until the new one is written."""
-        final, fresh, former = (self.folder / name for name in ("encoder", ".encoder-new", ".encoder-old"))
-        for leftover in (fresh, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Writes the bundle; file by file where there is one of a former end of this run.
+
+        Their architecture is the same, so the folder holds a whole bundle at every moment.
+        """
+        final, fresh = self.folder / "encoder", self.folder / ".encoder.partial"
+        shutil.rmtree(fresh, ignore_errors=True)
         save_encoder(pl_module.encoder, pl_module.transform, fresh, **facts)
         if final.exists():
-            os.replace(final, former)
-        os.replace(fresh, final)
-        shutil.rmtree(former, ignore_errors=True)
+            for file in fresh.iterdir():
+                os.replace(file, final / file.name)
+            fresh.rmdir()
+        else:
+            os.replace(fresh, final)
 
     def _tell(self, trainer: Any, scores: dict[str, float]) -> None:
         source = trainer.datamodule.source
         say = self.console.print
         if scores:
-            table = Table(title=f"kNN top-1 on {len(trainer.datamodule.test_source):,} held-out images of {source}")
-            table.add_column("features")
+            say(
+                f"\nkNN accuracy on {len(trainer.datamodule.test_source):,} held-out images of {source}:",
+                soft_wrap=True,
+            )
+            table = Table("features", box=box.ROUNDED)
             table.add_column("top-1", justify="right")
             for name, value in scores.items():
                 table.add_row(_LABELS[name], f"{value:.1%}", style="bold" if name == "trained" else "")
             say(table)
         else:
             say(f"{source} has no labels, so there is no kNN score; try the encoder on a labelled set:")
-        say(f"The encoder is in [bold]{self.folder / 'encoder'}[/]. What to try next:", highlight=False)
+        say(f"The encoder is in [bold]{self.folder / 'encoder'}[/]. What to try next:", highlight=False, soft_wrap=True)
         held_out = source if scores else "FOLDER_OF_CLASSES"
         for command in (
             f"simclr-scale knn --encoder {self.folder} --data.source {held_out}",

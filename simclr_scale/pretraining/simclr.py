@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
@@ -73,12 +74,18 @@ class SimCLR(pl.LightningModule):
             raise InputError(f"model.warmup_epochs must be 0 or above, got {warmup_epochs}")
         if not temperature > 0:
             raise InputError(f"model.temperature must be above 0, got {temperature}")
+        width = getattr(encoder, "num_features", None)
+        if not isinstance(width, int):
+            raise InputError(
+                f"model.encoder {type(encoder).__name__} does not tell the width of its features; make it with "
+                "create_encoder, or give it an attribute num_features"
+            )
         self.encoder = encoder
         if init_from is not None:
             _copy_weights(init_from, encoder)
         if channels_last:
             encoder.to(memory_format=torch.channels_last)
-        width = int(getattr(encoder, "num_features"))  # noqa: B009  nn.Module's type does not know it
+        self._width = width
         self.head = head if isinstance(head, nn.Module) else (head or ProjectionHead)(width)
         self.loss = NTXentLoss(temperature) if loss is None else loss
         self.probe: OnlineProbe | None = None
@@ -110,7 +117,7 @@ class SimCLR(pl.LightningModule):
                 getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
             )
         if classes and self.probe is None:
-            self.probe = OnlineProbe(int(self.encoder.num_features), classes)  # type: ignore[arg-type]
+            self.probe = OnlineProbe(self._width, classes)
         if self.trainer.world_size > 1:
             convert_global_batch_norm(self.encoder)
             convert_global_batch_norm(self.head)
@@ -120,20 +127,32 @@ class SimCLR(pl.LightningModule):
     @torch.no_grad()
     def _require_image_size(self, size: int) -> None:
         """A vision transformer, for one, takes images of one size only: find out before training does."""
-        training = self.encoder.training
+        modes = [(module, module.training) for module in self.encoder.modules()]
         try:
-            self.encoder.eval()(torch.zeros(1, self._channels, size, size))
+            self.encoder.eval()(torch.zeros(1, self._channels, size, size, dtype=next(self.parameters()).dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"model.encoder does not take images of {self._channels} x {size} x {size} (data.image_size): {reason}"
             ) from error
-        self.encoder.train(training)
+        finally:
+            # Not by train(), which would wake a part that is frozen.
+            for module, training in modes:
+                module.training = training
 
     @property
     def _channels(self) -> int:
         architecture = getattr(self.encoder, "architecture", None)
         return 3 if architecture is None else architecture.in_chans
+
+    def on_fit_start(self) -> None:
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout and drop path are a function of (seed, step, rank), as the views are, so that a resumed run repeats
+        # them and no two ranks share them.
+        stream = np.random.SeedSequence((self._seed, self.global_step, self.global_rank))
+        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (M, C, H, W) -> features (M, D)."""
@@ -155,7 +174,8 @@ class SimCLR(pl.LightningModule):
             # Each image counts once: its first view.
             probe_loss, probe_accuracy = self.probe.update(h[: len(labels)], labels)
             self.log_dict({"probe_loss": probe_loss, "probe_accuracy": probe_accuracy})
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and (self.global_step + 1) % interval == 0:
             # Only when it is shown: it costs a gather and a product of its own.
             self.log("contrastive_accuracy", contrastive_accuracy(z.detach()), prog_bar=True)
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -198,6 +218,7 @@ class SimCLR(pl.LightningModule):
         # Only now is the probe on its device, to which its optimizer's state must go.
         if self.probe is not None and self._probe_state is not None:
             self.probe.optimizer.load_state_dict(self._probe_state)
+            self._probe_state = None
 
 
 def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:

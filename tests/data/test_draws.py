@@ -1,0 +1,170 @@
+"""Every random choice: a pure function of (seed, epoch, index), with the distributions of the settings."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from simclr_scale.data.augmentation import resolve
+from simclr_scale.data.crops import MAX_TRIES, sample_boxes
+from simclr_scale.data.draws import BOX, VIEWS, Draw, draw_views
+from simclr_scale.data.randomness import Purpose, generator
+
+NATURAL = resolve("natural", {})
+PHOTOGRAPH = np.array([375, 500])
+COUNT = 20_000
+FACTORS = [Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE, Draw.SIGMA]
+
+
+@pytest.fixture(scope="module")
+def many() -> NDArray[np.float32]:
+    """(COUNT, 2, P) of the paper's recipe."""
+    return draw_views(NATURAL, seed=0, epoch=0, indices=range(COUNT), sizes=PHOTOGRAPH)
+
+
+def test_shape_and_type(many: NDArray[np.float32]) -> None:
+    assert many.shape == (COUNT, VIEWS, len(Draw))
+    assert many.dtype == np.float32
+    assert np.isfinite(many).all()
+
+
+@pytest.mark.parametrize("sampling", ["torchvision", "google"])
+def test_draws_of_an_image_do_not_depend_on_its_batch(sampling: str) -> None:
+    augmentation = resolve("natural", {"crop_sampling": sampling})
+    indices = [5, 0, 17, 3, 1 << 33]
+    sizes = np.array([[375, 500], [20, 31], [300, 100], [1, 1], [375, 500]])
+    batch = draw_views(augmentation, 1, 2, indices, sizes)
+    backwards = draw_views(augmentation, 1, 2, indices[::-1], sizes[::-1])
+    np.testing.assert_array_equal(backwards[::-1], batch)
+    for row, index in enumerate(indices):
+        np.testing.assert_array_equal(draw_views(augmentation, 1, 2, [index], sizes[row])[0], batch[row])
+
+
+def test_one_size_for_all_is_the_same_as_many_equal_ones() -> None:
+    np.testing.assert_array_equal(
+        draw_views(NATURAL, 0, 0, range(4), PHOTOGRAPH),
+        draw_views(NATURAL, 0, 0, range(4), np.tile(PHOTOGRAPH, (4, 1))),
+    )
+
+
+def test_each_seed_epoch_and_image_has_draws_of_its_own() -> None:
+    draws = np.concatenate(
+        [draw_views(NATURAL, seed, epoch, range(20), PHOTOGRAPH) for seed in range(4) for epoch in range(4)]
+    )
+    for factor in FACTORS:
+        assert len(np.unique(draws[..., factor])) == 4 * 4 * 20 * 2
+
+
+def test_no_two_views_share_a_draw(many: NDArray[np.float32]) -> None:
+    views = many.reshape(-1, len(Draw))
+    assert len(np.unique(views, axis=0)) == 2 * COUNT
+    # 40,000 numbers of 24 bits repeat now and then; far more often would be a shared stream.
+    assert all(len(np.unique(views[:, factor])) > 0.99 * len(views) for factor in FACTORS)
+
+
+def test_views_and_columns_are_independent(many: NDArray[np.float32]) -> None:
+    """Rank correlations of all pairs of columns of both views; those of a box among themselves hang together."""
+    columns = np.concatenate([many[:, 0], many[:, 1]], 1)
+    correlation = stats.spearmanr(columns).statistic
+    box = np.array([column % len(Draw) <= Draw.WIDTH for column in range(2 * len(Draw))])
+    same_view = np.arange(2 * len(Draw))[:, None] // len(Draw) == np.arange(2 * len(Draw)) // len(Draw)
+    expected_zero = ~(box[:, None] & box & same_view) & ~np.eye(2 * len(Draw), dtype=bool)
+    # Standard deviation 1 / sqrt(20,000) = .007; 4.5 of them for 750 coefficients.
+    assert np.abs(correlation[expected_zero]).max() < 0.032
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_rates_of_the_flags(many: NDArray[np.float32], view: int) -> None:
+    for flag, rate in {Draw.FLIP: 0.5, Draw.JITTER: 0.8, Draw.GREY: 0.2, Draw.BLUR: 0.5}.items():
+        values = many[:, view, flag]
+        assert set(np.unique(values)) == {0.0, 1.0}
+        assert stats.binomtest(int(values.sum()), COUNT, rate).pvalue > 1e-3, flag.name
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_factors_are_uniform(many: NDArray[np.float32], view: int) -> None:
+    ranges = {
+        Draw.BRIGHTNESS: (0.2, 1.8),
+        Draw.CONTRAST: (0.2, 1.8),
+        Draw.SATURATION: (0.2, 1.8),
+        Draw.HUE: (-0.2, 0.2),
+        Draw.SIGMA: (0.1, 2.0),
+    }
+    for factor, (low, high) in ranges.items():
+        assert uniform_between(low, high, many[:, view, factor]), factor.name
+
+
+def uniform_between(low: float, high: float, values: NDArray[np.float32]) -> bool:
+    inside = np.float32(low) <= values.min() and values.max() <= np.float32(high)
+    return bool(inside and stats.kstest(values, "uniform", (low, high - low)).pvalue > 1e-3)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_all_24_orders_are_as_likely(many: NDArray[np.float32], view: int) -> None:
+    orders, counts = np.unique(many[:, view, Draw.ORDER], return_counts=True)
+    assert orders.tolist() == list(range(24))
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_strength_scales_the_ranges() -> None:
+    draws = draw_views(resolve("small", {}), 0, 0, range(5_000), PHOTOGRAPH)
+    for factor in (Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION):
+        assert uniform_between(0.6, 1.4, draws[:, 0, factor])
+    assert uniform_between(-0.1, 0.1, draws[:, 0, Draw.HUE])
+    assert not draws[..., Draw.BLUR].any()
+
+
+def test_factors_end_at_zero() -> None:
+    draws = draw_views(resolve("natural", {"strength": 2.0, "contrast": 0.2}), 0, 0, range(5_000), PHOTOGRAPH)
+    assert uniform_between(0.0, 2.6, draws[:, 0, Draw.BRIGHTNESS])
+    assert uniform_between(0.6, 1.4, draws[:, 0, Draw.CONTRAST])
+    assert uniform_between(-0.4, 0.4, draws[:, 0, Draw.HUE])
+
+
+@pytest.mark.parametrize(
+    ("color_ops", "mode", "low", "high"),
+    [
+        ("google", "additive", -0.8, 0.8),
+        ("google", "multiplicative", 0.2, 1.8),
+        ("torchvision", "additive", 0.2, 1.8),
+    ],
+)
+def test_brightness_is_added_in_googles_first_version_alone(color_ops: str, mode: str, low: float, high: float) -> None:
+    augmentation = resolve("natural", {"color_ops": color_ops, "brightness_mode": mode})
+    draws = draw_views(augmentation, 0, 0, range(5_000), PHOTOGRAPH)
+    assert uniform_between(low, high, draws[:, 0, Draw.BRIGHTNESS])
+    assert uniform_between(0.2, 1.8, draws[:, 0, Draw.CONTRAST])
+
+
+def test_probabilities_of_none_and_all() -> None:
+    draws = draw_views(resolve("natural", {"flip": 0.0, "jitter": 1.0}), 0, 0, range(1_000), PHOTOGRAPH)
+    assert not draws[..., Draw.FLIP].any()
+    assert draws[..., Draw.JITTER].all()
+
+
+@pytest.mark.parametrize("sampling", ["torchvision", "google"])
+def test_boxes_are_those_of_the_streams_first_numbers(sampling: str) -> None:
+    augmentation = resolve("natural", {"crop_sampling": sampling})
+    draws = draw_views(augmentation, 3, 4, [9], PHOTOGRAPH)
+    count = 2 * MAX_TRIES + 2 + (Draw.SIGMA - Draw.WIDTH)
+    uniforms = generator(Purpose.AUGMENTATION, 3, 4, 9).random((VIEWS, count))
+    expected = sample_boxes(uniforms[:, : 2 * MAX_TRIES + 2], PHOTOGRAPH, augmentation)
+    np.testing.assert_array_equal(draws[0, :, BOX], expected)
+
+
+def test_what_is_drawn_does_not_move_other_draws() -> None:
+    """Another setting of one operation leaves the draws of the others as they were."""
+    changed = dataclasses.replace(NATURAL, blur=0.0, brightness=0.1, crop_sampling="google")
+    before, after = (draw_views(a, 0, 0, range(50), PHOTOGRAPH) for a in (NATURAL, changed))
+    same = [Draw.FLIP, Draw.JITTER, Draw.CONTRAST, Draw.SATURATION, Draw.HUE, Draw.ORDER, Draw.GREY, Draw.SIGMA]
+    np.testing.assert_array_equal(before[..., same], after[..., same])
+    assert (before[..., Draw.BRIGHTNESS] != after[..., Draw.BRIGHTNESS]).all()
+
+
+def test_draws_of_a_published_run_are_pinned() -> None:
+    """Another number here changes every run there is."""
+    draws = draw_views(NATURAL, 42, 7, [123], PHOTOGRAPH)[0, 1]
+    box, color = [9, 44, 365, 373], [1, 1, 1.5803572, 0.991917, 0.7678987, -0.1573737, 5, 0, 1, 0.6910822]
+    np.testing.assert_allclose(draws, box + color, rtol=1e-6)

@@ -1,0 +1,169 @@
+"""A run that was interrupted and resumed ends as the run without a stop: bit for bit, and row for row."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simclr_scale import load_encoder
+from simclr_scale.pretraining.checkpointing import checkpoints
+from tests.pretraining.runs import (
+    QUIET,
+    STEPS_AN_EPOCH,
+    KillAt,
+    Killed,
+    StepsSeen,
+    StopAfter,
+    arguments,
+    differences,
+    last_checkpoint,
+    pretrain,
+)
+
+pytestmark = QUIET
+
+VIT = (
+    *("--model.encoder.name", "test_vit", "--model.encoder.channels", "null", "--model.encoder.img_size", "16"),
+    *("--model.encoder.patch_size", "8", "--model.encoder.drop_path_rate", "0.5", "--model.encoder.drop_rate", "0.1"),
+)
+ADAMW = ("--model.optimizer", "torch.optim.AdamW", "--model.learning_rate", "0.01")
+MID_EPOCH = ("--checkpoint.every_n_steps", "4")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    before, after = last_checkpoint(a), last_checkpoint(b)
+    assert before["global_step"] > 0
+    for checkpoint in (before, after):
+        assert checkpoint["callbacks"]["RunFolder"].pop("seconds") > 0
+    assert differences(before, after) == []
+    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    for summary in summaries:
+        summary.pop("seconds")
+    assert summaries[0] == summaries[1]
+    assert differences(load_encoder(a)[0].state_dict(), load_encoder(b)[0].state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "kill_at", "resumes_at", "options"),
+    [
+        pytest.param(10, 25, 25, ("--checkpoint.every_n_epochs", "5", "--knn.every_n_epochs", "2"), id="epoch 5 of 10"),
+        pytest.param(
+            10, 28, 25, ("--checkpoint.every_n_epochs", "5", "--knn.every_n_epochs", "5"), id="later in epoch 6"
+        ),
+        pytest.param(4, 13, 12, (*MID_EPOCH, "--knn.every_n_epochs", "1"), id="mid-epoch"),
+        pytest.param(
+            4, 8, 8, (*MID_EPOCH, *ADAMW, "--trainer.precision", "bf16-mixed"), id="mid-epoch bf16-mixed AdamW"
+        ),
+        pytest.param(4, 10, 10, ("--trainer.precision", "bf16-mixed"), id="epoch end bf16-mixed"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, *VIT), id="mid-epoch, dropout and drop path"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, "--model.chunk_size", "6", "--model.channels_last", "true"), id="chunks"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "1"), id="mid-epoch, a worker"),
+        pytest.param(3, 6, 5, ("--data.num_workers", "1"), id="epoch end, a worker"),
+        pytest.param(2, 3, 0, (), id="before the first checkpoint"),
+    ],
+)
+def test_ends_as_the_unbroken_run(
+    images: Path, tmp_path: Path, epochs: int, kill_at: int, resumes_at: int, options: tuple[str, ...]
+) -> None:
+    def command(name: str, *more: str) -> list[str]:
+        return arguments(images, tmp_path, name, "--trainer.max_epochs", str(epochs), *options, *more)
+
+    pretrain(command("unbroken"))
+    with pytest.raises(Killed):
+        pretrain(command("broken"), KillAt(kill_at))
+    seen = StepsSeen()
+    pretrain(command("broken", "--resume", "auto"), seen)
+    assert seen.steps == list(range(resumes_at, epochs * STEPS_AN_EPOCH))
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_twice(images: Path, tmp_path: Path) -> None:
+    command = lambda name: arguments(images, tmp_path, name, "--trainer.max_epochs", "4", *MID_EPOCH)  # noqa: E731
+    pretrain(command("unbroken"))
+    for step in (7, 13):
+        with pytest.raises(Killed):
+            pretrain([*command("broken"), "--resume", "auto"], KillAt(step))
+    pretrain([*command("broken"), "--resume", "auto"])
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_a_time_limit_in_the_middle_of_an_epoch(images: Path, tmp_path: Path) -> None:
+    """No checkpoint was due, and the epoch was not at its end: what is left of it is not skipped."""
+    command = lambda name: arguments(images, tmp_path, name, "--trainer.max_epochs", "3")  # noqa: E731
+    pretrain(command("unbroken"))
+    pretrain(command("broken"), StopAfter(8))
+    assert [path.name for path in checkpoints(tmp_path / "broken" / "checkpoints")] == ["step=8.ckpt", "step=5.ckpt"]
+    seen = StepsSeen()
+    pretrain([*command("broken"), "--resume", "auto"], seen)
+    assert seen.steps == list(range(8, 15))
+    before, after = (last_checkpoint(tmp_path / name) for name in ("unbroken", "broken"))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "probe_optimizer"):
+        assert differences(before[part], after[part]) == []
+
+
+def test_from_an_older_checkpoint(images: Path, tmp_path: Path) -> None:
+    """The run goes back: what lies after that checkpoint is forgotten, and comes again."""
+    command = lambda name: arguments(images, tmp_path, name, "--trainer.max_epochs", "3")  # noqa: E731
+    pretrain(command("unbroken"))
+    pretrain(command("broken"))
+    folder = tmp_path / "broken" / "checkpoints"
+    with pytest.raises(Killed):
+        pretrain(
+            [*command("broken"), "--resume", str(folder / "step=10.ckpt"), "--checkpoint.every_n_steps", "3"],
+            KillAt(13),
+        )
+    assert [path.name for path in checkpoints(folder)] == ["step=12.ckpt", "step=10.ckpt"]
+    pretrain([*command("broken"), "--resume", "auto"])
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = lambda name: arguments(images, tmp_path, name, "--trainer.max_epochs", "3")  # noqa: E731
+    pretrain(command("unbroken"))
+    with pytest.raises(Killed):
+        pretrain(command("broken"), KillAt(11))
+    newest = tmp_path / "broken" / "checkpoints" / "step=10.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    seen = StepsSeen()
+    pretrain([*command("broken"), "--resume", "auto"], seen)
+    assert f"{newest} is damaged" in capsys.readouterr().out
+    assert seen.steps[0] == 5
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_a_finished_run_stays_as_it_is(images: Path, tmp_path: Path) -> None:
+    command = arguments(images, tmp_path, "done", "--trainer.max_epochs", "1")
+    pretrain(command)
+    shutil.copytree(tmp_path / "done", tmp_path / "copy")
+    seen = StepsSeen()
+    pretrain([*command, "--resume", "auto"], seen)
+    assert seen.steps == []
+    assert_same_run(tmp_path / "copy", tmp_path / "done")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("appears", ["step=10.ckpt", "step=12.ckpt", "step=25.ckpt"])
+def test_killed_the_moment_a_checkpoint_appears(images: Path, tmp_path: Path, appears: str) -> None:
+    """SIGKILL leaves no time for anything: every row of the steps in the checkpoint must be on the disk by then."""
+    options = ("--trainer.max_epochs", "10", "--knn.every_n_epochs", "1", *MID_EPOCH)
+    pretrain(arguments(images, tmp_path, "unbroken", *options))
+    command = [*arguments(images, tmp_path, "broken", *options), "--resume", "auto"]
+    process = subprocess.Popen([sys.executable, "-m", "simclr_scale", "pretrain", *command], stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "broken" / "checkpoints" / appears
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    pretrain(command)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
