@@ -37,7 +37,7 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     momenta = [norm.momentum for norm in norms]
     counts = [(count, count.clone()) for norm in norms if (count := norm.num_batches_tracked) is not None]
     for norm in norms:
-        pass
+        norm.momentum = 0.0
     try:
         yield
     finally:
