@@ -117,7 +117,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         return dx.to(x.dtype), d_weight, d_bias, None, None
 
 
-class GlobalBatchNorm(nn.SyncBatchNorm):
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose training statistics are those of the global batch, on any device.
 
     "we use a global BN ... aggregating BN mean and variance over all devices during the training" (SimCLR, section
@@ -125,8 +125,29 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
     the same function. Parameters, buffers and state-dict keys are those of the ``nn.BatchNorm*d`` it replaces.
     """
 
+    # Not a subclass of SyncBatchNorm: DistributedDataParallel refuses a module on the CPU that has one within. Its
+    # functions ask no more of `self` than is here.
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.SyncBatchNorm._check_input_dim(self, input)  # type: ignore[arg-type]
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda or not self.training:
+        if input.is_cuda:
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
+        if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
         y, mean, var, count = _NormaliseGlobally.apply(input, self.weight, self.bias, self.eps, self.process_group)

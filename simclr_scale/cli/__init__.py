@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 def fail(message: str, command: str = "") -> int:
     """Prints one line on standard error, on the first rank alone, and returns the exit status for bad input."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
-        one_line = " ".join(message.split())
+        # From a loader's worker, the message comes at the end of that process's traceback.
+        one_line = " ".join(message.rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].split())
         print(f"{PROGRAM}{f' {command}' if command else ''}: error: {one_line}", file=sys.stderr)
     return 2
 

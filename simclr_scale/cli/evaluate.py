@@ -119,7 +119,7 @@ def run_linear(
 def _run(command: str, function: Callable[..., None], argv: list[str]) -> None:
     parser = OneLineErrors(prog=f"simclr-scale {command}", description=(function.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(function, as_group=False)
-    arguments = parser.instantiate_classes(parser.parse_args(argv))
+    arguments = parser.instantiate(parser.parse_args(argv))
     function(**vars(arguments))
 
 

@@ -30,6 +30,8 @@ _NOISE = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    # It is: the sampler starts where the checkpoint was written.
+    ".*your dataloader is not resumable.*",
 )
 
 EPILOG = """examples:

@@ -67,6 +67,8 @@ class Augmentation:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise InputError(f"augmentation.{name} is {' or '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.brightness_mode == "additive" and self.color_ops != "google":
+            raise InputError("augmentation.brightness_mode additive is Google's: it needs color_ops google")
         if self.crop_scale[1] > 1:
             raise InputError(f"augmentation.crop_scale is a share of the image, at most 1, got {self.crop_scale[1]}")
         if self.strength * self.hue > 0.5:

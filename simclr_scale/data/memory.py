@@ -5,6 +5,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from simclr_scale.data.sources import Source
+from simclr_scale.errors import InputError
 
 _LARGEST_SIDE = 96
 _LARGEST_BYTES = 2 << 30
@@ -15,6 +16,9 @@ def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
 
     Args:
         wanted: True loads images of any one size, False none, None only small ones.
+
+    Raises:
+        InputError: ``wanted`` is True and the images are of several sizes.
     """
     if wanted is False:
         return None
@@ -28,6 +32,15 @@ def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
     for index in range(len(source)):
         image = pil_to_tensor(source.image(index))
         if image.shape != first.shape:
+            if wanted:
+                raise InputError(
+                    f"data.in_memory needs images of one size: {source.describe(0)} is {_size(first)} and "
+                    f"{source.describe(index)} is {_size(image)}; leave it out"
+                )
             return None
         pixels[index] = image
     return pixels
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"

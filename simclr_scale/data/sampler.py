@@ -27,7 +27,9 @@ class Position(NamedTuple):
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The permutation of one epoch."""
-    return generator(Purpose.ORDER, seed, epoch, 0).permutation(num_images)
+    # By the raw stream, which NumPy promises to keep; its permutation() may change between releases.
+    raw = generator(Purpose.ORDER, seed, epoch, 0).bit_generator.random_raw(num_images)
+    return np.argsort(raw, kind="stable")
 
 
 class GlobalBatchSampler(Sampler[list[Key]]):

@@ -69,8 +69,7 @@ class KNNMonitor(pl.Callback):
         if (ends or (trainer.current_epoch + 1) % self.every_n_epochs == 0) and _has_held_out_images(trainer):
             value = self._measure(trainer, pl_module)
             self._trained = trainer.global_step, value
-            # The ranks have one value, and rank 0 logs.
-            pl_module.log("knn_top1", value, rank_zero_only=True)
+            pl_module.log("knn_top1", value, sync_dist=True)
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> float:
         value = self.top1(trainer, pl_module.encoder, pl_module.transform)

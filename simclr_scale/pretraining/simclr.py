@@ -185,8 +185,11 @@ class SimCLR(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise InputError("training has no end: give --trainer.max_epochs or --trainer.max_steps")
-        steps_an_epoch = int(self.trainer.num_training_batches)
-        warmup = round(self.warmup_epochs * steps_an_epoch)
+        self.trainer.fit_loop.setup_data()  # Lightning has not done so where max_steps alone ends training
+        steps_an_epoch = self.trainer.num_training_batches
+        if self.warmup_epochs and steps_an_epoch == float("inf"):
+            raise InputError("this loader has no length, and so no epochs to warm up for: set model.warmup_epochs to 0")
+        warmup = round(self.warmup_epochs * steps_an_epoch) if self.warmup_epochs else 0
         peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
         groups = param_groups(nn.ModuleDict({"encoder": self.encoder, "head": self.head}), self.weight_decay)
         make = self._optimizer or LARS

@@ -7,6 +7,7 @@ import torch
 from simclr_scale.data import memory
 from simclr_scale.data.memory import load_pixels
 from simclr_scale.data.textures import TextureSource
+from simclr_scale.errors import InputError
 from tests.data.generated import GradientSource
 
 
@@ -39,9 +40,11 @@ def test_large_sets_only_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_pixels(source, True) is not None
 
 
-@pytest.mark.parametrize("wanted", [None, True])
-def test_images_of_several_sizes_stay_on_disk(wanted: bool | None) -> None:
-    assert load_pixels(GradientSource(4, (8, 8), (8, 9)), wanted) is None
+def test_images_of_several_sizes_stay_on_disk() -> None:
+    source = GradientSource(4, (8, 8), (8, 9))
+    assert load_pixels(source) is None
+    with pytest.raises(InputError, match=r"one size: .* 0 is 8 x 8 and .* 1 is 9 x 8"):
+        load_pixels(source, True)
 
 
 def test_what_is_in_memory_already_is_not_copied() -> None:

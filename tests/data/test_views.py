@@ -1,5 +1,7 @@
 """From images to views: by a worker and in memory, each image on its own, as the augmentation's parts have it."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_the_views_of_an_image_differ() -> None:
 
 
 @pytest.mark.parametrize("dataset", [from_disk, from_memory])
-def test_an_image_alone_is_the_same_as_in_a_batch(dataset: type[ViewsDataset]) -> None:
+def test_an_image_alone_is_the_same_as_in_a_batch(dataset: Callable[[GradientSource], ViewsDataset]) -> None:
     images = dataset(GradientSource(10, (31, 40)))
     batch = images.__getitems__(KEYS)
     for row, key in enumerate(KEYS):

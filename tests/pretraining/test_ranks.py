@@ -24,6 +24,8 @@ from tests.pretraining.runs import QUIET, Pairs, arguments, fit, last_checkpoint
 
 IMAGES = 16
 TEMPERATURE, LOSS_SCALE = 0.2, 2.0
+# The head's batch norm takes away what shifts all features alike: a gradient of zero, but for rounding.
+NO_GRADIENT = {"d encoder.norm.bias"}
 
 
 class Pool(ClusterEnvironment):
@@ -75,7 +77,7 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def networks(name: str) -> tuple[nn.Module, nn.Module]:
-    """Encoder and head with parameters at random, so that no gradient is zero (the last gamma of a block starts at 0)."""
+    """Encoder and head, batch norms at random: the last gamma of a block starts at 0, and gradients would be 0 too."""
     torch.manual_seed(0)
     encoder = ENCODERS[name]()
     head = ProjectionHead(int(encoder.num_features), hidden_features=12, out_features=7)
@@ -161,8 +163,8 @@ def step_against_one_process(
     errors = {"loss": abs(loss / expected_loss.item() - 1)}
     for key, value in expected.items():
         largest = value.abs().max().item()
-        assert largest > 0, f"{key} is zero: nothing to compare"
-        errors[key] = (actual[key] - value).abs().max().item() / largest
+        assert (largest > 1e-6) == (key not in NO_GRADIENT), f"{key} is at most {largest}"
+        errors[key] = (actual[key] - value).abs().max().item() / (1 if key in NO_GRADIENT else largest)
     return loss, module.drawn, errors
 
 
@@ -214,7 +216,7 @@ def test_the_command_on_two_processes(images: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("trained encoder") == 1, "rank 0 speaks for all"
+    assert result.stdout.count("What to try next") == 1, "rank 0 speaks for all"
     assert "Warning" not in result.stderr
 
     one, two = (last_checkpoint(tmp_path / name) for name in ("one", "two"))
