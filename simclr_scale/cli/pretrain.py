@@ -28,6 +28,7 @@ _ABOUT_THE_RUN = ("name", "runs_dir", "resume", "override")
 
 _NOISE = (
     ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     # It is: the sampler starts where the checkpoint was written.

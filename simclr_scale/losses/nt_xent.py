@@ -127,7 +127,8 @@ def contrastive_accuracy(z: Tensor, *, group: dist.ProcessGroup | None = None, g
     unit = F.normalize(z.float(), dim=1)
     ranks = world(group)
     gather = gather and ranks.size > 1
-    similarity = unit @ (all_gather(unit, group) if gather else unit).T
+    with torch.autocast(z.device.type, enabled=False):  # in half precision a row is as close to many as to its own
+        similarity = unit @ (all_gather(unit, group) if gather else unit).T
     rows = unit.shape[0]
     offset = ranks.rank * rows if gather else 0
     here = torch.arange(rows, device=z.device)

@@ -1,14 +1,14 @@
 """SimCLR as a LightningModule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from simclr_scale.bundle import BUNDLE_KEY, ImageTransform, encoder_config, load_encoder
@@ -21,6 +21,9 @@ from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.pretraining.probe import OnlineProbe
 
+# Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
+OptimizerOfGroups = Callable[[Iterable[Any], float], Optimizer]
+
 
 class SimCLR(pl.LightningModule):
     """Contrastive pretraining of an image encoder (Chen et al. 2020, "A Simple Framework for Contrastive Learning").
@@ -32,8 +35,8 @@ class SimCLR(pl.LightningModule):
         encoder: images (B, C, H, W) -> features (B, D), with ``num_features`` D; see ``create_encoder``.
         head: makes the projection head from D; None: ``ProjectionHead`` of two layers. A module is taken as it is.
         loss: called with (2n, d) projections, [view 1; view 2]; None: ``NTXentLoss(temperature)``.
-        optimizer: makes the optimizer from parameter groups; None: LARS with momentum .9. Its learning rate and weight
-            decay are set here, by the arguments below.
+        optimizer: makes the optimizer from parameter groups and a learning rate, as the classes of ``torch.optim`` do;
+            None: LARS with momentum .9. The rate and the weight decay are those of the arguments below.
         learning_rate: base rate; None: .3 for linear and .075 for sqrt scaling (both 4.8 at a batch of 4096).
         lr_scaling: "linear": rate * batch / 256; "sqrt": rate * sqrt(batch) (appendix B.1).
         weight_decay: for all but norms, biases and what the encoder excludes.
@@ -54,7 +57,7 @@ class SimCLR(pl.LightningModule):
         *,
         head: Callable[[int], nn.Module] | None = None,
         loss: nn.Module | None = None,
-        optimizer: OptimizerCallable | None = None,
+        optimizer: OptimizerOfGroups | None = None,
         learning_rate: float | None = None,
         lr_scaling: Literal["linear", "sqrt"] = "linear",
         weight_decay: float = 1e-6,
@@ -193,7 +196,7 @@ class SimCLR(pl.LightningModule):
         peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
         groups = param_groups(nn.ModuleDict({"encoder": self.encoder, "head": self.head}), self.weight_decay)
         make = self._optimizer or LARS
-        optimizer = make(groups, lr=peak)  # type: ignore[call-arg]
+        optimizer = make(groups, peak)
         warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup, total_steps=int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

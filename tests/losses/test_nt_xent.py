@@ -111,6 +111,14 @@ def test_contrastive_accuracy() -> None:
     assert contrastive_accuracy(torch.cat([z, z.roll(1, 0)])).item() == 0.0
 
 
+def test_contrastive_accuracy_of_close_rows_under_autocast() -> None:
+    torch.manual_seed(0)
+    z1 = torch.randn(64) + 0.05 * torch.randn(64, 64)
+    z = torch.cat([z1, z1 + 0.01 * torch.randn(64, 64)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert contrastive_accuracy(z).item() == 1.0
+
+
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from simclr_scale import load_encoder
 from simclr_scale.pretraining.checkpointing import checkpoints
@@ -151,19 +152,44 @@ def test_a_finished_run_stays_as_it_is(images: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "copy", tmp_path / "done")
 
 
+def kill_when(appears: Path, command: list[str]) -> None:
+    """SIGKILL, to all processes of a run, at the moment a file is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simclr_scale", "pretrain", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not appears.exists():
+        assert process.poll() is None, "the run ended too early"
+        time.sleep(0)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("appears", ["step=10.ckpt", "step=12.ckpt", "step=25.ckpt"])
 def test_killed_the_moment_a_checkpoint_appears(images: Path, tmp_path: Path, appears: str) -> None:
-    """SIGKILL leaves no time for anything: every row of the steps in the checkpoint must be on the disk by then."""
+    """There is no time for anything then: every row of the steps in the checkpoint must be on the disk already."""
     options = ("--trainer.max_epochs", "10", "--knn.every_n_epochs", "1", *MID_EPOCH)
     pretrain(arguments(images, tmp_path, "unbroken", *options))
     command = [*arguments(images, tmp_path, "broken", *options), "--resume", "auto"]
-    process = subprocess.Popen([sys.executable, "-m", "simclr_scale", "pretrain", *command], stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "broken" / "checkpoints" / appears
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_when(tmp_path / "broken" / "checkpoints" / appears, command)
     pretrain(command)
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_begun_on_two_processes_and_ended_on_one(images: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch: both see the same images in the same order, whoever takes which."""
+    options = ("--trainer.max_epochs", "3", *MID_EPOCH)
+    pretrain(arguments(images, tmp_path, "unbroken", *options))
+    command = [*arguments(images, tmp_path, "broken", *options), "--resume", "auto"]
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    kill_when(tmp_path / "broken" / "checkpoints" / "step=8.ckpt", [*command, *two])
+    seen = StepsSeen()
+    pretrain(command, seen)
+    assert seen.steps[0] >= 8
+    before, after = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("unbroken", "broken"))
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-4, msg=key)

@@ -1,0 +1,175 @@
+"""Checkpoints appear whole, late enough, and in the right number."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import DummyLogger
+
+from simclr_scale.errors import InputError
+from simclr_scale.models import create_encoder
+from simclr_scale.pretraining import SimCLR
+from simclr_scale.pretraining.checkpointing import (
+    LAST,
+    RunCheckpoint,
+    checkpoints,
+    is_intact,
+    newest_intact,
+    publish,
+)
+from tests.pretraining.runs import QUIET, KillAt, Killed, fit
+
+pytestmark = QUIET
+
+
+class Watch(pl.Callback):
+    """Which checkpoints lie there when a step starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.seen[trainer.global_step] = names(self.folder)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def train(
+    folder: Path,
+    *callbacks: pl.Callback,
+    every_n_epochs: int = 1,
+    every_n_steps: int | None = None,
+    keep: int = 2,
+    **trainer: Any,
+) -> Any:
+    """Four epochs of three steps."""
+    checkpoint = RunCheckpoint(every_n_epochs, every_n_steps, keep)
+    checkpoint.folder = folder
+    model = SimCLR(create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)), warmup_epochs=0)
+    return fit(model, *callbacks, checkpoint, enable_checkpointing=True, **{"max_epochs": 4, **trainer})
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "left"),
+    [
+        ({}, {4: ["step=3.ckpt"], 10: ["step=9.ckpt", "step=6.ckpt"]}, ["step=12.ckpt", "step=9.ckpt"]),
+        ({"keep": 1}, {10: ["step=9.ckpt"]}, ["step=12.ckpt"]),
+        ({"every_n_epochs": 3}, {9: [], 11: ["step=9.ckpt"]}, ["step=12.ckpt", "step=9.ckpt"]),
+        ({"every_n_epochs": 9}, {11: []}, ["step=12.ckpt"]),
+        # 6 and 12 are due twice, 3 and 9 are ends of an epoch.
+        ({"every_n_steps": 2, "keep": 9}, {6: ["step=4.ckpt", "step=3.ckpt", "step=2.ckpt"]}, None),
+    ],
+)
+def test_when_and_how_many(tmp_path: Path, options: dict[str, int], seen: dict, left: list[str] | None) -> None:
+    watch = Watch(tmp_path)
+    # Before the checkpoint in the list of callbacks, so it sees what the step before has left.
+    train(tmp_path, watch, **options)
+    assert {step: watch.seen[step] for step in seen} == seen
+    assert names(tmp_path) == (left or [f"step={step}.ckpt" for step in (12, 10, 9, 8, 6, 4, 3, 2)])
+
+
+class WatchingLogger(DummyLogger):
+    """Which checkpoints lie there when a row is written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.seen = folder, {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.seen[step] = names(self.folder)
+
+
+def test_appears_after_the_row_of_its_last_step(tmp_path: Path) -> None:
+    """Killed at any moment, a run has on the disk the rows of all steps that its newest checkpoint has seen."""
+    logger = WatchingLogger(tmp_path)
+    train(tmp_path, every_n_steps=2, logger=logger, log_every_n_steps=1)
+    assert sorted(logger.seen) == list(range(12))
+    for step, lying in logger.seen.items():
+        assert f"step={step + 1}.ckpt" not in lying
+    assert logger.seen[4] == ["step=4.ckpt", "step=3.ckpt"]
+
+
+def test_last_is_the_newest_and_checksums_hold(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    last = torch.load(tmp_path / LAST, weights_only=True)
+    assert last["global_step"] == trainer.global_step == 12
+    assert (tmp_path / LAST).samefile(tmp_path / "step=12.ckpt")
+    for path in checkpoints(tmp_path):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (tmp_path / f"{path.name}.sha256").read_text() == f"{digest}  {path.name}\n"
+    kept = {"last.ckpt", *(f"step={step}.ckpt{end}" for step in (9, 12) for end in ("", ".sha256"))}
+    assert set(os.listdir(tmp_path)) == kept
+
+
+def test_a_run_stopped_by_steps_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    train(tmp_path, every_n_epochs=5, max_epochs=-1, max_steps=7)
+    assert names(tmp_path) == ["step=7.ckpt"]
+    progress = torch.load(tmp_path / LAST, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"]
+    assert progress["processed"] == 2, "the third epoch is not done"
+
+
+def test_a_run_stopped_by_steps_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    train(tmp_path, every_n_epochs=5, max_epochs=-1, max_steps=6)
+    assert names(tmp_path) == ["step=6.ckpt"]
+
+
+def test_an_exception_does_not_cost_what_is_written(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, KillAt(4), every_n_steps=4)
+    assert names(tmp_path) == ["step=4.ckpt", "step=3.ckpt"]
+    assert newest_intact(tmp_path) == (tmp_path / "step=4.ckpt", [])
+
+
+def test_a_write_that_fails_leaves_the_former_ones(tmp_path: Path) -> None:
+    """As on a full disk: half a file lies there, and is nobody's checkpoint."""
+    save = pl.Trainer.save_checkpoint
+
+    def full_disk(trainer: pl.Trainer, path: Path) -> None:
+        if trainer.global_step < 9:
+            return save(trainer, path)
+        Path(path).write_bytes(b"half a checkpoint")
+        raise OSError("no space left on device")
+
+    with mock.patch.object(pl.Trainer, "save_checkpoint", full_disk), pytest.raises(OSError, match="no space"):
+        train(tmp_path)
+    assert names(tmp_path) == ["step=6.ckpt", "step=3.ckpt"]
+    assert all(map(is_intact, checkpoints(tmp_path)))
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 6
+    assert (tmp_path / ".step=9.ckpt.partial").exists()
+    train(tmp_path)
+    assert not list(tmp_path.glob(".*")), "the next start sweeps up"
+
+
+def write(folder: Path, step: int) -> Path:
+    beside, path = folder / "beside", folder / f"step={step}.ckpt"
+    beside.write_text(f"weights of step {step}" * 100)
+    publish(beside, path)
+    return path
+
+
+def test_newest_intact(tmp_path: Path) -> None:
+    assert newest_intact(tmp_path) == (None, [])
+    paths = [write(tmp_path, step) for step in (5, 10, 100, 20)]
+    for other in ("step=7.ckpt.partial", "step=x.ckpt", "epoch=3.ckpt"):
+        (tmp_path / other).write_text("")
+    assert checkpoints(tmp_path) == [paths[2], paths[3], paths[1], paths[0]]
+    assert newest_intact(tmp_path) == (paths[2], [])
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    (tmp_path / "step=20.ckpt.sha256").unlink()
+    assert newest_intact(tmp_path) == (paths[1], [paths[2], paths[3]])
+    for path in (paths[0], paths[1]):
+        path.write_text("")
+    assert newest_intact(tmp_path) == (None, [paths[2], paths[3], paths[1], paths[0]])
+
+
+@pytest.mark.parametrize("option", ["every_n_epochs", "every_n_steps", "keep"])
+def test_arguments_out_of_range(option: str) -> None:
+    with pytest.raises(InputError, match=f"checkpoint.{option} must be at least 1, got 0"):
+        RunCheckpoint(**{option: 0})
