@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
-from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS, _transform_settings
+from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS
 from simclr_scale.bundle.transform import ImageTransform
 from simclr_scale.errors import InputError
 from simclr_scale.models import ColorHistogramEncoder, PixelEncoder, create_encoder
 
 _RANDOM_SEED = 0
+
+# What torch.load raises on damaged files, found by corrupting bytes at random.
+_UNREADABLE = (
+    AssertionError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def describe_specs() -> str:
@@ -73,7 +88,7 @@ def _from_bundle(folder: Path) -> tuple[nn.Module, ImageTransform]:
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"bundle {folder} cannot be read: {_first_line(error)}") from error
-    return _build(config, weights, str(folder))
+    return _build(config, weights, f"bundle {folder}")
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -83,9 +98,12 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         InputError: the file is damaged, or another program's.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from error
+        # Torch's former format is a plain pickle; ours is a zip file, as torch.save has written for years.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+    except _UNREADABLE as error:
+        raise InputError(f"{path} is truncated, or holds more than tensors and plain values") from error
+    if checkpoint is None:
+        raise InputError(f"{path} is truncated, or no checkpoint")
     if not isinstance(checkpoint, Mapping) or BUNDLE_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise InputError(f"{path} was not written by simclr_scale: it has no entry {BUNDLE_KEY!r}")
     return checkpoint
@@ -94,26 +112,32 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 def _from_checkpoint(path: Path) -> tuple[nn.Module, ImageTransform]:
     checkpoint = read_checkpoint(path)
     prefix = "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return _build(checkpoint[BUNDLE_KEY]["encoder"], weights, str(path))
-
-
-def _build(config: dict[str, Any], weights: dict[str, Tensor], where: str) -> tuple[nn.Module, ImageTransform]:
     try:
-        arguments = {key: value for key, value in config["model_args"].items() if key != "num_classes"}
-        name, settings = config["architecture"], _transform_settings(config)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{where}: {CONFIG} is not that of a bundle, it lacks {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        encoder = create_encoder(name, **arguments)
-    problem = _misfit(encoder, weights)
-    if problem:
+        config = checkpoint[BUNDLE_KEY]["encoder"]
+        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no encoder") from error
+    return _build(config, weights, str(path))
+
+
+def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Module, ImageTransform]:
+    """The encoder and transform that ``config`` (see ``encoder_config``) describes, with these weights."""
+    try:
+        name, arguments = config["architecture"], {**config["model_args"], "pretrained": False}
+        del arguments["num_classes"]
+        transform = ImageTransform.from_config(config["pretrained_cfg"])
+        with torch.random.fork_rng(devices=[]):
+            encoder = create_encoder(name, **arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
+        raise InputError(f"{where} does not describe an encoder: {reason}") from error
+    if problem := _misfit(encoder, weights):
         raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
     encoder.load_state_dict(weights)
-    return encoder, ImageTransform(**settings)
+    return encoder, transform
 
 
-def _misfit(encoder: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def _misfit(encoder: nn.Module, weights: Mapping[str, Any]) -> str:
     """The first key that does not fit, in words; empty where all fit."""
     expected = encoder.state_dict()
     if missing := [key for key in expected if key not in weights]:
@@ -121,20 +145,21 @@ def _misfit(encoder: nn.Module, weights: Mapping[str, Tensor]) -> str:
     if extra := [key for key in weights if key not in expected]:
         return f"{extra[0]!r} is not part of it ({len(extra)} keys in all)"
     for key, tensor in expected.items():
-        if tensor.shape != weights[key].shape:
-            return f"{key!r} is {tuple(weights[key].shape)}, not {tuple(tensor.shape)}"
+        shape = getattr(weights[key], "shape", ())
+        if tensor.shape != shape:
+            return f"{key!r} is {tuple(shape)}, not {tuple(tensor.shape)}"
     return ""
 
 
 def _pretrained(name: str) -> tuple[nn.Module, ImageTransform]:
     encoder = _downloaded(lambda: create_encoder(name, pretrained=True), f"timm:{name}")
-    return encoder, ImageTransform(**_timm_settings(encoder))
+    return encoder, _timm_transform(encoder)
 
 
 def _from_hub(identifier: str) -> tuple[nn.Module, ImageTransform]:
     spec = f"hf-hub:{identifier}"
     encoder: Any = _downloaded(lambda: timm.create_model(spec, pretrained=True, num_classes=0), spec)
-    return encoder, ImageTransform(**_timm_settings(encoder))
+    return encoder, _timm_transform(encoder)
 
 
 def _downloaded(make: Callable[[], nn.Module], spec: str) -> nn.Module:
@@ -146,15 +171,15 @@ def _downloaded(make: Callable[[], nn.Module], spec: str) -> nn.Module:
         raise InputError(f"{spec} could not be loaded: {_first_line(error)}") from error
 
 
-def _timm_settings(encoder: nn.Module) -> dict[str, Any]:
-    return _transform_settings({"pretrained_cfg": resolve_model_data_config(encoder)})
+def _timm_transform(encoder: nn.Module) -> ImageTransform:
+    return ImageTransform.from_config(resolve_model_data_config(encoder))
 
 
 def _random(name: str) -> tuple[nn.Module, ImageTransform]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_RANDOM_SEED)
+        torch.default_generator.manual_seed(_RANDOM_SEED)  # torch.manual_seed would seed the GPUs' too
         encoder = create_encoder(name)
-    return encoder, ImageTransform(**_timm_settings(encoder))
+    return encoder, _timm_transform(encoder)
 
 
 def _pixels(size: str) -> tuple[nn.Module, ImageTransform]:

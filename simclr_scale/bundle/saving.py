@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
     """Everything but the weights, as JSON values, in the layout of timm's config.json.
 
     Raises:
-        InputError: an encoder that was not made by ``create_encoder``, or another kind of transform.
+        InputError: an encoder that was not made by ``create_encoder``, another kind of transform, or facts that are no
+            JSON values.
     """
     architecture = getattr(encoder, "architecture", None)
     if architecture is None:
@@ -46,7 +48,10 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
         "pretrained_cfg": {**inherited, **transform.config, "num_classes": 0, "custom_load": False},
         BUNDLE_KEY: {"version": __version__, "facts": facts},
     }
-    return json.loads(json.dumps(config))
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the facts about an encoder must be JSON values: {error}") from error
 
 
 def save_encoder(encoder: nn.Module, transform: ImageTransform, folder: str | os.PathLike[str], **facts: Any) -> Path:
@@ -87,7 +92,7 @@ def save_encoder(encoder: nn.Module, transform: ImageTransform, folder: str | os
 def _model_card(config: dict[str, Any], encoder: nn.Module, facts: dict[str, Any]) -> str:
     size = "x".join(map(str, config["pretrained_cfg"]["input_size"]))
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
+    rows = "\n".join(_rows(facts))
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm, self-supervised-learning, simclr]
@@ -104,7 +109,7 @@ encoder, transform = load_encoder("PATH_OF_THIS_FOLDER")
 features = encoder(transform(image)[None])  # image: a PIL picture; features: (1, {config["num_features"]})
 ```
 
-The transform is part of the bundle: `{ImageTransform(**_transform_settings(config))!r}`.
+The transform is part of the bundle: `{ImageTransform.from_config(config["pretrained_cfg"])!r}`.
 
 | fact | value |
 |---|---|
@@ -112,6 +117,10 @@ The transform is part of the bundle: `{ImageTransform(**_transform_settings(conf
 """
 
 
-def _transform_settings(config: dict[str, Any]) -> dict[str, Any]:
-    names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
-    return {name: value for name, value in config["pretrained_cfg"].items() if name in names}
+def _rows(facts: dict[str, Any], group: str = "") -> Iterator[str]:
+    for key, value in facts.items():
+        name = group + key.replace("_", " ")
+        if isinstance(value, dict):
+            yield from _rows(value, f"{name}: ")
+        else:
+            yield f"| {name} | {value} |".replace("\n", " ")

@@ -1,14 +1,17 @@
 """The deterministic transform that goes with an encoder, from a picture to a tensor."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from simclr_scale.data.sources.decoding import to_rgb
 from simclr_scale.errors import InputError
 
 _COLOR_MODES = {1: "L", 3: "RGB"}
+_SETTINGS = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 class ImageTransform:
@@ -48,9 +51,14 @@ class ImageTransform:
         }
         self._transform = create_transform(**self.config, is_training=False)
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ImageTransform":
+        """From the settings among others in timm's `pretrained_cfg`; KeyError where one is missing."""
+        return cls(**{name: config[name] for name in _SETTINGS})
+
     def __call__(self, image: Image.Image) -> Tensor:
-        """Picture -> (C, H, W) float32."""
-        return self._transform(image.convert(_COLOR_MODES[self.config["input_size"][0]]))
+        """Picture -> (C, H, W) float32; it is read as in training, upright and with transparency on white."""
+        return self._transform(to_rgb(image).convert(_COLOR_MODES[self.config["input_size"][0]]))
 
     def __repr__(self) -> str:
         return f"ImageTransform({', '.join(f'{key}={value}' for key, value in self.config.items())})"

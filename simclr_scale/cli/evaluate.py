@@ -36,6 +36,11 @@ class EvaluationData:
     seed: int = 0
     num_workers: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in {"seed": self.seed, "num_workers": self.num_workers}.items():
+            if value is not None and value < 0:
+                raise InputError(f"data.{name} must be 0 or above, got {value}")
+
     def open(self) -> tuple[Source, Source]:
         """The train and the test part."""
         train, test = (
@@ -117,10 +122,15 @@ def run_linear(
 
 
 def _run(command: str, function: Callable[..., None], argv: list[str]) -> None:
-    parser = OneLineErrors(prog=f"simclr-scale {command}", description=(function.__doc__ or "").splitlines()[0])
+    parser = OneLineErrors(
+        prog=f"simclr-scale {command}",
+        usage="%(prog)s --encoder ENCODER --data.source SOURCE [options]",
+        description=(function.__doc__ or "").splitlines()[0],
+    )
     parser.add_function_arguments(function, as_group=False)
-    arguments = parser.instantiate(parser.parse_args(argv))
-    function(**vars(arguments))
+    arguments = vars(parser.parse_args(argv))
+    data = EvaluationData(**vars(arguments.pop("data")))
+    function(data=data, **arguments)
 
 
 def _evaluate(
@@ -134,6 +144,8 @@ def _evaluate(
 ) -> None:
     if output is not None:
         require_new_file(output)
+    if batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
     encoder, transform = load_encoder(spec)
     train, test = data.open()
     manifest = evaluate(
@@ -158,7 +170,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name

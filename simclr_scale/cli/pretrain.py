@@ -4,16 +4,18 @@ import logging
 import os
 import time
 import warnings
+from argparse import Action
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, shorten_help
-from simclr_scale.cli.resume import Start, config_differences, find_start
+from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
+from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.checkpointing import RunCheckpoint
@@ -35,15 +37,49 @@ _NOISE = (
     ".*your dataloader is not resumable.*",
 )
 
-EPILOG = """examples:
+_HELP = {
+    "print_config": "print the configuration that results, and stop",
+    "trainer.max_epochs": "epochs to train",
+    "trainer.max_steps": "steps to train, where they end first; -1: as many as the epochs have",
+    "trainer.accelerator": "cpu, gpu or mps; auto takes the best there is",
+    "trainer.devices": "processes on this machine, one a device: their number, or a list of devices",
+    "trainer.num_nodes": "machines",
+    "trainer.strategy": "how processes work together, such as ddp",
+    "trainer.precision": "32-true, bf16-mixed, 16-mixed, ...; null: 32-true",
+}
+
+EPILOG = """The arguments of a class or function that an option names are options too: --model.encoder.NAME,
+--model.optimizer.betas; --model.optimizer.help CLASS lists them.
+
+examples:
   simclr-scale pretrain --config quickstart
   simclr-scale pretrain --config cifar10_small --data.source hfds/PATH --name first --trainer.devices 2
   simclr-scale pretrain --resume auto --name first
 """
 
 
+class PretrainHelp(ShortHelp):
+    """Leaves out the rarer arguments of the trainer."""
+
+    def add_argument(self, action: Action) -> None:
+        if not action.dest.startswith("trainer.") or action.dest in _HELP:
+            super().add_argument(action)
+
+
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, with one-line errors."""
+
+    synonyms = {  # noqa: RUF012  of the base class, a ClassVar
+        "lr": "model.learning_rate",
+        "weight_decay": "model.weight_decay",
+        "batch_size": "data.global_batch_size",
+        "epochs": "trainer.max_epochs",
+    }
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "required: model.encoder" in message:
+            message += "; a recipe has them: --config quickstart"
+        super().error(message, ex)
 
 
 class PretrainCLI(LightningCLI):
@@ -54,17 +90,13 @@ class PretrainCLI(LightningCLI):
             SimCLR,
             SimCLRDataModule,
             save_config_callback=None,  # RunFolder saves it, and never over another
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
-            seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
                 "prog": "simclr-scale pretrain",
+                "usage": "%(prog)s --config RECIPE [options]",
                 "description": "Train an encoder without labels (SimCLR).",
                 "epilog": EPILOG,
+                "formatter_class": PretrainHelp,
             },
             args=argv,
             run=False,
@@ -77,27 +109,46 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=RecipeFile, help="name of a recipe, or a YAML file")
         return parser
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Learning rate and weight decay have one owner, the model: the optimizer has no second pair of them.
+        owned = {"optimizer.init_args.lr", "optimizer.init_args.weight_decay"}
+        parser.add_class_arguments(SimCLR, "model", fail_untyped=False, sub_configs=True, skip=owned)
+        parser.add_lightning_class_args(SimCLRDataModule, "data")
+        parser.add_lightning_class_args(pl.Trainer, "trainer")
+        parser.set_defaults(
+            {
+                "trainer.use_distributed_sampler": False,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+            }
+        )
+        assert parser.groups is not None
+        parser.groups["trainer"].title = "Lightning's Trainer, the rest of whose arguments are options too"
+        for action in parser._actions:
+            if action.dest in _HELP:
+                action.help = _HELP[action.dest]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="name of the run; default: the recipe's and the time")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="where runs are kept")
+        parser.add_argument("--runs_dir", type=str, default=RUNS_DIR, help="where runs are kept")
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
         parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
-        shorten_help(
-            parser, keep=("max_epochs", "max_steps", "devices", "num_nodes", "accelerator", "strategy", "precision")
-        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and every draw")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Straight to the parser: Lightning warns where arguments are given beside sys.argv, from which, unchanged,
         # its launcher starts the further processes.
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args([*config_of_resumed_run(args), *args])
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise InputError(f"seed_everything must be from 0 to 2^32 - 1, got {self.config.seed_everything}")
 
     def before_instantiate_classes(self) -> None:
-        if self.config.model is None or self.config.get("data.source") is None:
-            raise InputError("give a recipe, such as --config quickstart, or --model.encoder and --data.source")
         accumulated = self.config.trainer.accumulate_grad_batches
         if accumulated > 1:
             raise InputError(
@@ -109,22 +160,26 @@ class PretrainCLI(LightningCLI):
             if threads < 1:
                 raise InputError(f"--threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
-        self.start = find_start(self.config, _default_name(self.config))
+        self.start = find_start(self.config, lambda: _default_name(self.config))
         if self.start.checkpoint is not None:
             _check_same_run(self, self.start)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init.trainer
         folder = self.start.folder
-        loggers = config.get("logger")
-        extra = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
+        further = config.get("logger")
+        extra = [] if further in (None, True, False) else further if isinstance(further, list) else [further]
         progress = RunProgress()
         self._get(self.config_init, "checkpoint").folder = folder / "checkpoints"
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         config["callbacks"] = [*(config.get("callbacks") or []), progress, run_folder]
-        return super().instantiate_trainer(
-            logger=[RunLogger(folder), *extra], default_root_dir=str(folder), enable_checkpointing=True, **kwargs
-        )
+        loggers = [RunLogger(folder), *extra]
+        try:
+            return super().instantiate_trainer(
+                logger=loggers, default_root_dir=str(folder), enable_checkpointing=True, **kwargs
+            )
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
 
     def saved_config(self) -> str:
         """What the user gave and every default, without what belongs to this one start."""

@@ -1,13 +1,19 @@
 """Where a run starts: anew, or from a checkpoint of a run that must be the same one."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import Namespace
 
+from simclr_scale.bundle.loading import read_checkpoint
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.checkpointing import newest_intact
+from simclr_scale.pretraining.run_folder import CONFIG
+
+RUNS_DIR = "runs"
 
 # What cannot change the result of a run: where and on how many devices it runs, and what it writes.
 _HARMLESS = (
@@ -38,17 +44,36 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def find_start(config: Namespace, default_name: str) -> Start:
+def config_of_resumed_run(argv: list[str]) -> list[str]:
+    """``--config`` with the configuration of the run to continue, where that is asked for without any ``--config``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in (("-c", "--config"), ("--name",), ("--runs_dir",), ("--resume",)):
+        parser.add_argument(*option, nargs="?")
+    given, _ = parser.parse_known_args(argv)
+    if given.config is not None or given.resume is None:
+        return []
+    if given.name is not None:
+        config = Path(given.runs_dir or RUNS_DIR) / given.name / CONFIG
+    else:
+        config = Path(given.resume).resolve().parent.parent / CONFIG
+    return ["--config", str(config)] if config.is_file() else []
+
+
+def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
     """Chooses the run's folder and checkpoint from ``--name``, ``--runs_dir`` and ``--resume``.
+
+    Args:
+        config: of this start.
+        default_name: names a new run that the user gave no name.
 
     Raises:
         InputError: the run exists and is not to be resumed, or there is nothing to resume from.
     """
     runs, name, resume = Path(config.runs_dir), config.name, config.resume
-    if name is not None and (not name or Path(name).name != name):
+    if name is not None and (name in ("", "..") or Path(name).name != name):
         raise InputError(f"--name is the name of a folder in {runs}, without slashes, got {name!r}")
     if resume is None:
-        folder = runs / (name or default_name)
+        folder = runs / (name or default_name())
         if folder.exists():
             raise InputError(f"run {folder} exists already; give another --name, or continue it with --resume auto")
         return Start(folder, None, False, [])
@@ -56,10 +81,10 @@ def find_start(config: Namespace, default_name: str) -> Start:
         checkpoint = Path(resume)
         if not checkpoint.is_file():
             raise InputError(f"--resume {resume}: there is no such checkpoint; give 'auto' or a .ckpt file of a run")
+        read_checkpoint(checkpoint)
         folder = runs / name if name else checkpoint.resolve().parent.parent
-        if not (folder / "config.yaml").is_file():
-            raise InputError(f"--resume {resume}: {folder} is not a run, it has no config.yaml")
-        _require_readable(checkpoint)
+        if not (folder / CONFIG).is_file():
+            raise InputError(f"--resume {resume}: {folder} is not a run, it has no {CONFIG}")
         return Start(folder, checkpoint, True, [])
     if name is None:
         raise InputError("--resume auto needs --name: which run to continue")
@@ -73,12 +98,6 @@ def find_start(config: Namespace, default_name: str) -> Start:
             raise InputError(f"no checkpoint of run {folder} is intact; {damaged[0]} is damaged")
         return Start(folder, None, True, [f"run {folder} has no checkpoint yet: starting from its beginning"])
     return Start(folder, checkpoint_or_none, True, [*notes, f"continuing from {checkpoint_or_none}"])
-
-
-def _require_readable(checkpoint: Path) -> None:
-    from simclr_scale.bundle.loading import read_checkpoint
-
-    read_checkpoint(checkpoint)
 
 
 def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:

@@ -21,6 +21,8 @@ from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.pretraining.probe import OnlineProbe
 
+_RGB = 3
+
 # Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
 OptimizerOfGroups = Callable[[Iterable[Any], float], Optimizer]
 
@@ -110,11 +112,10 @@ class SimCLR(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         classes = self.probe_classes
         if isinstance(data, SimCLRDataModule):
-            self.transform = ImageTransform(
-                (self._channels, data.image_size, data.image_size), crop_pct=data.augmentation.evaluation_crop
-            )
+            size = (_RGB, data.image_size, data.image_size)
+            self.transform = ImageTransform(size, crop_pct=data.augmentation.evaluation_crop)
             classes = data.num_classes if classes is None else classes
-            self._require_image_size(data.image_size)
+            self._require_images_of(size)
         elif self.transform is None:
             self.transform = ImageTransform(
                 getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
@@ -128,25 +129,21 @@ class SimCLR(pl.LightningModule):
             self.encoder.compile()
 
     @torch.no_grad()
-    def _require_image_size(self, size: int) -> None:
+    def _require_images_of(self, size: tuple[int, int, int]) -> None:
         """A vision transformer, for one, takes images of one size only: find out before training does."""
         modes = [(module, module.training) for module in self.encoder.modules()]
         try:
-            self.encoder.eval()(torch.zeros(1, self._channels, size, size, dtype=next(self.parameters()).dtype))
+            self.encoder.eval()(torch.zeros(1, *size, dtype=next(self.parameters()).dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())
+            channels, height, width = size
             raise InputError(
-                f"model.encoder does not take images of {self._channels} x {size} x {size} (data.image_size): {reason}"
+                f"model.encoder does not take images of {channels} x {height} x {width} (data.image_size): {reason}"
             ) from error
         finally:
             # Not by train(), which would wake a part that is frozen.
             for module, training in modes:
                 module.training = training
-
-    @property
-    def _channels(self) -> int:
-        architecture = getattr(self.encoder, "architecture", None)
-        return 3 if architecture is None else architecture.in_chans
 
     def on_fit_start(self) -> None:
         self._seed = torch.initial_seed()
@@ -155,7 +152,11 @@ class SimCLR(pl.LightningModule):
         # Dropout and drop path are a function of (seed, step, rank), as the views are, so that a resumed run repeats
         # them and no two ranks share them.
         stream = np.random.SeedSequence((self._seed, self.global_step, self.global_rank))
-        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
+        seed = int(stream.generate_state(1, np.uint64)[0])
+        # Not torch.manual_seed, which takes a millisecond to tell every kind of device that there could be.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (M, C, H, W) -> features (M, D)."""

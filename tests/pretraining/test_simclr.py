@@ -334,9 +334,15 @@ def test_init_from_is_strict(tmp_path: Path) -> None:
         module(init_from=str(tmp_path / "nowhere"))
 
 
-def test_an_encoder_for_another_image_size(images: Path, tmp_path: Path) -> None:
-    vit = ("--model.encoder.name", "vit_tiny_patch16_224", "--model.encoder.img_size", "32")
-    options = (*vit, "--model.encoder.channels", "null", "--trainer.max_epochs", "1")
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        ("--model.encoder.name", "vit_tiny_patch16_224", "--model.encoder.img_size", "32"),
+        ("--model.encoder.name", "simclr_resnet18", "--model.encoder.in_chans", "1"),
+    ],
+)
+def test_an_encoder_for_other_images(images: Path, tmp_path: Path, encoder: tuple[str, ...]) -> None:
+    options = (*encoder, "--model.encoder.channels", "null", "--trainer.max_epochs", "1")
     with pytest.raises(InputError, match=r"3 x 16 x 16 \(data.image_size\)"):
         pretrain(arguments(images, tmp_path, "run", *options))
     assert not (tmp_path / "run").exists()
