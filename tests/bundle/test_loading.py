@@ -266,9 +266,9 @@ def test_a_checkpoint_of_another_program(foreign: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", [None, 3, {}, {"encoder": 3}, {"encoder": {}}, {"encoder": {"architecture": []}}])
 def test_a_checkpoint_whose_entry_is_not_ours(entry: Any, checkpoint: Path) -> None:
     torch.save({**torch.load(checkpoint, weights_only=True), BUNDLE_KEY: entry}, checkpoint)
-    assert re.match(
-        rf"{re.escape(str(checkpoint))} (holds no encoder|does not describe an encoder)", refusal(checkpoint)
-    )
+    message = refusal(checkpoint)
+    assert message.startswith(str(checkpoint))
+    assert "holds no encoder" in message or "does not describe an encoder" in message
 
 
 @pytest.mark.parametrize("weights", [3, {}, {3: torch.ones(1)}, {"encoder.conv1.weight": torch.ones(1)}])
