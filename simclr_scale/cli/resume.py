@@ -30,8 +30,10 @@ _HARMLESS = (
     "trainer.profiler",
     "data.num_workers",
     "data.in_memory",
+    "trainer.max_time",
     "checkpoint",
-    "knn",
+    "knn.every_n_epochs",
+    "knn.batch_size",
 )
 
 

@@ -42,7 +42,7 @@ def knn_classify(
         (M,) int64 classes.
 
     Raises:
-        InputError: shapes do not fit, features are not finite or all zero, a training image is unlabelled, or k or
+        InputError: shapes do not fit, features are not finite, a training image is unlabelled, or k or
             temperature is not above 0.
     """
     check_knn_settings(k, temperature)
@@ -97,9 +97,9 @@ def _unit_rows(features: Array, name: str) -> torch.Tensor:
     matrix = as_features(features, name)
     # No finite float32 row over- or underflows its norm in float64.
     norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True, dtype=torch.float64)
-    if (norms == 0).any():
-        raise InputError(f"{name}: row {int((norms == 0).nonzero()[0, 0])} is all zero, so it has no direction")
-    return torch.div(matrix, norms, out=torch.empty_like(matrix))
+    # A zero row has no direction: it stays zero, as far from everything as from its opposite. One black image, which an
+    # encoder without biases maps there, must not end an evaluation.
+    return torch.div(matrix, norms.where(norms > 0, 1.0), out=torch.empty_like(matrix))
 
 
 def _search(train: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ def publish(beside: Path, path: Path) -> None:
     os.replace(beside, path)
     link = path.with_name(f".{LAST}.partial")
     link.unlink(missing_ok=True)
-    os.link(path, link)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
     os.replace(link, path.with_name(LAST))
 
 

@@ -98,3 +98,9 @@ def test_unknown_preset_and_field_are_refused_with_what_there_is() -> None:
         resolve("imagenet", {})
     with pytest.raises(InputError, match=r"no field 'strenght'; it has .*strength"):
         resolve("natural", {"strenght": 0.5})
+
+
+def test_additive_brightness_is_googles_alone() -> None:
+    assert resolve("natural", {"brightness_mode": "additive", "color_ops": "google"}).brightness_mode == "additive"
+    with pytest.raises(InputError, match="color_ops google"):
+        resolve("natural", {"brightness_mode": "additive"})

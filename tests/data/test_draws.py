@@ -128,7 +128,7 @@ def test_factors_end_at_zero() -> None:
     [
         ("google", "additive", -0.8, 0.8),
         ("google", "multiplicative", 0.2, 1.8),
-        ("torchvision", "additive", 0.2, 1.8),
+        ("torchvision", "multiplicative", 0.2, 1.8),
     ],
 )
 def test_brightness_is_added_in_googles_first_version_alone(color_ops: str, mode: str, low: float, high: float) -> None:

@@ -140,6 +140,13 @@ def test_faiss_takes_the_threads_of_torch_and_gives_them_back(monkeypatch: pytes
     assert faiss.omp_get_max_threads() == before
 
 
+def test_a_zero_row_is_similar_to_nothing() -> None:
+    train = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    similarities, _ = knn_neighbors(train, np.array([[0.0, 0.0], [3.0, 0.0]]), k=4)
+    assert similarities.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
+    assert knn_classify(train, np.array([0, 1, 2, 0]), np.array([[3.0, 0.0]]), k=1).tolist() == [1]
+
+
 GOOD = np.ones((4, 3))
 LABELS = np.array([0, 1, 0, 1])
 
@@ -147,8 +154,6 @@ LABELS = np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("train", "labels", "test", "settings", "message"),
     [
-        (GOOD, LABELS, np.array([[1, 1, 1], [0, 0, 0]]), {}, "test_features: row 1 is all zero"),
-        (np.zeros((4, 3)), LABELS, GOOD, {}, "train_features: row 0 is all zero"),
         (np.array([[1.0, np.nan]] * 4), LABELS, GOOD, {}, "train_features: row 0 holds NaN"),
         (GOOD, LABELS, np.array([[1e300, 1, 1]]), {}, "test_features: row 0 holds NaN or infinity"),
         (GOOD, LABELS, np.ones((2, 5)), {}, "test_features: 5 features an image, but train_features has 3"),
