@@ -229,6 +229,5 @@ def main(argv: list[str]) -> None:
     if cli.trainer.is_global_zero:
         for note in cli.start.notes:
             progress.say(note)
-        progress.say(f"run {cli.start.folder}")
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)

@@ -61,6 +61,7 @@ class RunFolder(pl.Callback):
             (self.folder / CONFIG).write_text(self.config)
         if trainer.is_global_zero:
             (self.folder / "checkpoints").mkdir(exist_ok=True)
+            self.console.print(f"run {self.folder}", highlight=False, soft_wrap=True)
         trainer.strategy.barrier("run folder")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

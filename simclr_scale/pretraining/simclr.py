@@ -1,5 +1,6 @@
 """SimCLR as a LightningModule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -75,10 +76,12 @@ class SimCLR(pl.LightningModule):
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise InputError(f"model.chunk_size must be at least 1 view, got {chunk_size}")
-        if warmup_epochs < 0:
-            raise InputError(f"model.warmup_epochs must be 0 or above, got {warmup_epochs}")
-        if not temperature > 0:
-            raise InputError(f"model.temperature must be above 0, got {temperature}")
+        for name, value in {"warmup_epochs": warmup_epochs, "weight_decay": weight_decay}.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"model.{name} must be 0 or above, got {value}")
+        for name, value in {"temperature": temperature, "loss_scale": loss_scale}.items():
+            if not 0 < value < math.inf:
+                raise InputError(f"model.{name} must be above 0, got {value}")
         width = getattr(encoder, "num_features", None)
         if not isinstance(width, int):
             raise InputError(
@@ -109,6 +112,9 @@ class SimCLR(pl.LightningModule):
                 f"trainer.accumulate_grad_batches {self.trainer.accumulate_grad_batches} would not add negatives: keep "
                 "it at 1, and set model.chunk_size to fit a large batch on a small device"
             )
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(self.trainer, name) == 0:
+                raise InputError(f"trainer.{name} is 0: there is nothing to train")
         data = getattr(self.trainer, "datamodule", None)
         classes = self.probe_classes
         if isinstance(data, SimCLRDataModule):
