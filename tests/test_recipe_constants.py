@@ -48,6 +48,8 @@ def with_a_trainer(cli: Any, num_images: int) -> Any:
         accumulate_grad_batches=1,
         world_size=1,
         max_epochs=cli.trainer.max_epochs,
+        max_steps=-1,
+        limit_train_batches=1.0,
         num_training_batches=steps,
         estimated_stepping_batches=steps * cli.trainer.max_epochs,
         fit_loop=SimpleNamespace(setup_data=lambda: None),
