@@ -1,6 +1,7 @@
 """NT-Xent against the paper's formula, in values and gradients, on 1, 2 and 4 processes."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,76 +11,150 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_scale.distributed import all_gather
-from simclr_scale.losses import NTXentLoss, contrastive_accuracy, nt_xent
+from simclr_scale.losses import NTXentLoss, nt_xent, tiled
+from tests.losses.oracles import images, masked_cross_entropy, network, paper_loss, share
 
 SIZES = [(1, 3), (2, 1), (3, 5), (17, 16), (64, 33)]
 
 
-def paper_loss(z1: np.ndarray, z2: np.ndarray, temperature: float) -> float:
-    """Equation 1 of the paper, term by term in float64."""
-    views = [row / math.sqrt(float(row @ row)) for row in np.concatenate([z1, z2]).astype(np.float64)]
-    n = len(z1)
-    total = 0.0
-    for i in range(2 * n):
-        j = i + n if i < n else i - n
-        denominator = sum(math.exp(float(views[i] @ views[k]) / temperature) for k in range(2 * n) if k != i)
-        total -= math.log(math.exp(float(views[i] @ views[j]) / temperature) / denominator)
-    return total / (2 * n)
-
-
-def masked_cross_entropy(z: Tensor, temperature: float) -> Tensor:
-    """The loss as torch's own operations give it; autograd differentiates it."""
-    unit = F.normalize(z, dim=1)
-    logits = (unit @ unit.T / temperature).fill_diagonal_(-math.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+@pytest.fixture(params=["dense", "tiled", "tiled, small tiles"])
+def engine(request, monkeypatch) -> str:
+    if request.param == "tiled, small tiles":
+        monkeypatch.setitem(tiled._TILE, "cpu", 6)
+    return request.param.split(",")[0]
 
 
 @pytest.mark.parametrize(("n", "d"), SIZES)
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
-def test_value_is_the_papers_formula(n: int, d: int, temperature: float) -> None:
+def test_value_is_the_papers_formula(n: int, d: int, temperature: float, engine) -> None:
     z1, z2 = np.random.default_rng(n).normal(size=(2, n, d))
-    loss = nt_xent(torch.from_numpy(np.concatenate([z1, z2])), temperature)
+    loss = nt_xent(torch.from_numpy(np.concatenate([z1, z2])), temperature, engine=engine)
     assert loss.item() == pytest.approx(paper_loss(z1, z2, temperature), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "d"), SIZES[1:])
-def test_gradient_is_autograds(n: int, d: int) -> None:
+@pytest.mark.parametrize("temperature", [0.002, 0.2])
+def test_gradient_is_autograds(n: int, d: int, temperature: float, engine) -> None:
     z = torch.randn(2 * n, d, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(3 * masked_cross_entropy(z, 0.2), z)
-    (actual,) = torch.autograd.grad(3 * nt_xent(z, 0.2), z)
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda x: nt_xent(x, 0.2), z)
+    (expected,) = torch.autograd.grad(3 * masked_cross_entropy(z, temperature), z)
+    (actual,) = torch.autograd.grad(3 * nt_xent(z, temperature, engine=engine), z)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13 / temperature)
 
 
-def test_one_image_has_no_negatives() -> None:
+def test_gradient_is_that_of_finite_differences(engine) -> None:
+    z = torch.randn(14, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: nt_xent(x, 0.2, engine=engine), z)
+
+
+def test_one_image_has_no_negatives(engine) -> None:
     z = torch.randn(2, 4, requires_grad=True)
-    loss = nt_xent(z)
+    loss = nt_xent(z, engine=engine)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(z.grad, torch.zeros_like(z))
 
 
-def test_precise_near_convergence_in_float32() -> None:
-    """Loss below 1e-4 at temperature .05, where cross-entropy in float32 is off by about a hundredth."""
+def test_a_row_of_zeros_has_a_finite_gradient(engine) -> None:
+    z = torch.randn(6, 4, dtype=torch.float64)
+    z[2] = 0
+    ours, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
+    nt_xent(ours, engine=engine).backward()
+    masked_cross_entropy(plain, 0.1).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_twice_in_one_graph_with_factors(engine) -> None:
+    z = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+
+    def twice(loss) -> Tensor:
+        return 2 * loss(z, 0.2) * loss(z.flip(0) + z, 0.1) - loss(z[:6], 0.3)
+
+    (expected,) = torch.autograd.grad(twice(masked_cross_entropy), z)
+    (actual,) = torch.autograd.grad(twice(partial(nt_xent, engine=engine)), z)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_backward_again_over_a_kept_graph_gives_the_same(engine) -> None:
+    z = torch.randn(10, 4, requires_grad=True)
+    loss = nt_xent(z, engine=engine)
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, z)
+    assert torch.equal(first, second)
+
+
+def test_second_derivatives_are_a_clear_error(engine) -> None:
+    z = torch.randn(10, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nt_xent(z, engine=engine), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.square().sum().backward()
+
+
+def near_convergence() -> Tensor:
+    """Rows whose loss is below 1e-4 at temperature .05, where cross-entropy in float32 is off by a hundredth."""
     torch.manual_seed(0)
     base = torch.eye(24, 32, dtype=torch.float64) + 0.02 * torch.randn(24, 32, dtype=torch.float64)
-    z = torch.cat([base, base + 0.05 * torch.randn_like(base)]).requires_grad_()
+    return torch.cat([base, base + 0.05 * torch.randn_like(base)])
+
+
+def errors_near_convergence(loss) -> tuple[float, float]:
+    """Relative, of the loss and of its gradient in float32."""
+    z = near_convergence().requires_grad_()
     exact = masked_cross_entropy(z, 0.05)
+    assert exact.item() < 1e-4
     (exact_gradient,) = torch.autograd.grad(exact, z)
     narrow = z.detach().float().requires_grad_()
-    loss = nt_xent(narrow, 0.05)
-    (gradient,) = torch.autograd.grad(loss, narrow)
-    assert exact.item() < 1e-4
-    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
-    assert (gradient - exact_gradient).norm() / exact_gradient.norm() < 1e-5
+    value = loss(narrow, 0.05)
+    (gradient,) = torch.autograd.grad(value, narrow)
+    relative = (gradient - exact_gradient).norm() / exact_gradient.norm()
+    return abs(value.item() / exact.item() - 1), relative.item()
 
 
-def test_half_precision_input_is_computed_in_float32() -> None:
-    z = torch.randn(16, 8, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = nt_xent(z)
+def test_precise_near_convergence_in_float32(engine) -> None:
+    assert max(errors_near_convergence(partial(nt_xent, engine=engine))) <= 1e-5
+    assert min(errors_near_convergence(masked_cross_entropy)) > 1e-3, "the plain form is not, so this is a test"
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows(temperature: float, dtype: torch.dtype, engine) -> None:
+    torch.manual_seed(0)
+    z1 = torch.randn(64, 32)
+    z = torch.cat([z1, z1 + 0.5 * torch.randn_like(z1)]).to(dtype).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    masked_cross_entropy(exact, temperature).backward()
+    loss = nt_xent(z, temperature, engine=engine)
+    loss.backward()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(masked_cross_entropy(z.double(), 0.1).item(), rel=1e-6)
+    assert z.grad.dtype == dtype
+    assert F.cosine_similarity(z.grad.double().flatten(), exact.grad.flatten(), 0) >= 0.9999
+
+
+@pytest.mark.parametrize("backward_within", [True, False])
+def test_autocast_changes_nothing(backward_within: bool, engine) -> None:
+    z = torch.randn(40, 8)
+    plain, cast = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = nt_xent(plain, engine=engine)
+    loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = nt_xent(cast, engine=engine)
+        if backward_within:
+            under.backward()
+    if not backward_within:
+        under.backward()
+    assert torch.equal(loss, under)
+    assert torch.equal(plain.grad, cast.grad)
+
+
+def test_compiled_without_a_break_in_the_graph(engine) -> None:
+    def training(z: Tensor) -> Tensor:
+        return 3 * nt_xent(2 * z, 0.2, engine=engine)
+
+    compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    for rows in (12, 20):
+        z = torch.randn(rows, 5, requires_grad=True)
+        (expected,) = torch.autograd.grad(training(z), z)
+        (actual,) = torch.autograd.grad(compiled(z), z)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_module_takes_one_or_two_tensors() -> None:
@@ -97,7 +172,7 @@ def test_module_takes_one_or_two_tensors() -> None:
         (torch.zeros(0, 4), {}, "2n, d"),
         (torch.zeros(4), {}, "2n, d"),
         (torch.ones(4, 2), {"temperature": 0.0}, "temperature"),
-        (torch.ones(4, 2), {"engine": "fast"}, "engine 'fast'"),
+        (torch.ones(4, 2, dtype=torch.int64), {}, "floating point, got torch.int64"),
     ],
 )
 def test_bad_arguments(z: Tensor, options: dict, message: str) -> None:
@@ -105,38 +180,7 @@ def test_bad_arguments(z: Tensor, options: dict, message: str) -> None:
         nt_xent(z, **options)
 
 
-def test_contrastive_accuracy() -> None:
-    z = torch.eye(4)
-    assert contrastive_accuracy(torch.cat([z, z])).item() == 1.0
-    assert contrastive_accuracy(torch.cat([z, z.roll(1, 0)])).item() == 0.0
-
-
-def test_contrastive_accuracy_of_close_rows_under_autocast() -> None:
-    torch.manual_seed(0)
-    z1 = torch.randn(64) + 0.05 * torch.randn(64, 64)
-    z = torch.cat([z1, z1 + 0.01 * torch.randn(64, 64)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert contrastive_accuracy(z).item() == 1.0
-
-
 # --- several ranks ----------------------------------------------------------------------------------------------------
-
-
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)).double()
-
-
-def images(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    x1 = torch.randn(n, 6, generator=generator, dtype=torch.float64)
-    return x1, x1 + 0.3 * torch.randn(n, 6, generator=generator, dtype=torch.float64)
-
-
-def share(rank: int, world_size: int, n: int) -> Tensor:
-    """This rank's images, rows [view 1; view 2]."""
-    x1, x2 = (x.chunk(world_size)[rank] for x in images(n))
-    return torch.cat([x1, x2])
 
 
 def _local_rows_own_slice(z: Tensor, gathered: Tensor, temperature: float) -> Tensor:
@@ -169,8 +213,21 @@ def no_gather(z: Tensor, temperature: float) -> Tensor:
     return masked_cross_entropy(z, temperature)
 
 
+def small_tiles(z: Tensor, temperature: float) -> Tensor:
+    tile, tiled._TILE["cpu"] = tiled._TILE["cpu"], 5
+    try:
+        return nt_xent(z, temperature, engine="tiled")
+    finally:
+        tiled._TILE["cpu"] = tile
+
+
+OURS = {
+    "dense": partial(nt_xent, engine="dense"),
+    "tiled": partial(nt_xent, engine="tiled"),
+    "small tiles": small_tiles,
+}
 SCHEMES = {
-    "ours": nt_xent,
+    **OURS,
     "full matrix + own slice": full_matrix_own_slice,
     "local rows + own slice": local_rows_own_slice,
     "detached gather": detached_gather,
@@ -199,12 +256,13 @@ def assert_exact(results: list[tuple[float, list[Tensor]]], n: int, factor: floa
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("n", [4, 36])
-def test_gradient_on_several_ranks_is_that_of_one(gloo, world_size: int, n: int) -> None:
-    assert_exact(gloo(world_size, step, n, "ours", 1.0), n, 1.0)
-    assert_exact(gloo(world_size, step, n, "ours", 2.5), n, 2.5)
+@pytest.mark.parametrize("scheme", OURS)
+def test_gradient_on_several_ranks_is_that_of_one(gloo, world_size: int, n: int, scheme: str) -> None:
+    assert_exact(gloo(world_size, step, n, scheme, 1.0), n, 1.0)
+    assert_exact(gloo(world_size, step, n, scheme, 2.5), n, 2.5)
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "ours"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in OURS])
 def test_the_check_catches_the_faulty_schemes(gloo, scheme: str) -> None:
     with pytest.raises(AssertionError):
         assert_exact(gloo(4, step, 36, scheme, 1.0), 36, 1.0)
@@ -261,12 +319,3 @@ def test_a_subgroup_is_a_world_of_its_own(gloo) -> None:
         own = torch.cat([first.chunk(2)[rank % 2], second.chunk(2)[rank % 2]])
         # each of two ranks carries twice its share, which DDP's average over them takes back
         torch.testing.assert_close(gradient, 2 * own, rtol=1e-10, atol=1e-14)
-
-
-def accuracy(rank: int, world_size: int) -> float:
-    return contrastive_accuracy(share(rank, world_size, 8).float()).item()
-
-
-def test_contrastive_accuracy_sees_all_ranks(gloo) -> None:
-    everything = contrastive_accuracy(torch.cat(images(8)).float()).item()
-    assert sum(gloo(2, accuracy)) / 2 == pytest.approx(everything)
