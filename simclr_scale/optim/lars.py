@@ -6,6 +6,7 @@ google-research/simclr, tf2/lars_optimizer.py with its default `classic_momentum
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,18 +127,22 @@ class LARS(Optimizer):
         if "momentum_buffer" not in state:
             if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise InputError(
-                    "LARS: a first step inside the capture of a CUDA graph would zero the momentum at every replay; take "
-                    "one step before it (at a learning rate of 0 it leaves the parameters as they are)"
+                    "LARS: a first step inside the capture of a CUDA graph would zero the momentum at every replay; "
+                    "take one step before it (at a learning rate of 0 it leaves the parameters as they are)"
                 )
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
+
+
+def _form_for(device: torch.device) -> ModuleType:
+    return lars_per_tensor if device.type == "cpu" else lars_multi_tensor
 
 
 class _Bucket:
     """Tensors of one device and type, whole or sharded alike: what one call of a form of the rule updates."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shards: Shards | None) -> None:
-        self._per_tensor = device.type == "cpu"
+        self._form = _form_for(device)
         self._precision = working_precision(dtype)
         self._sum_over_shards = shards.sum_over if shards is not None else None
         self._in_place: list[Sequence[Tensor]] = []  # parameter, gradient and, where there is one, buffer, as vectors
@@ -152,7 +157,7 @@ class _Bucket:
             self._in_place.append(vectors)
 
     def update(self, rule: Rule) -> None:
-        if not self._per_tensor or self._sum_over_shards is not None:
+        if self._form is lars_multi_tensor or self._sum_over_shards is not None:
             self._update(self._in_place, self._by_copy, rule)
             return
         if self._in_place:
@@ -169,8 +174,7 @@ class _Bucket:
         vectors = [x.view(-1) for x in copies]
         rows = [*in_place, *(vectors[start : start + width] for start in range(0, len(vectors), width))]
         parameters, gradients, *rest = (list(column) for column in zip(*rows, strict=True))
-        form = lars_per_tensor if self._per_tensor else lars_multi_tensor
-        form.update(parameters, gradients, rest[0] if rest else [], rule, self._sum_over_shards)
+        self._form.update(parameters, gradients, rest[0] if rest else [], rule, self._sum_over_shards)
         changed = [index for index in range(len(copies)) if index % width != 1]  # all but the gradients
         if changed:
             torch._foreach_copy_([originals[index] for index in changed], [copies[index] for index in changed])

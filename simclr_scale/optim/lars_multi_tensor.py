@@ -4,20 +4,22 @@ Every value stays on the device, a learning rate that is a tensor included, and 
 captured in a CUDA graph and replayed under a schedule that runs inside the graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from simclr_scale.optim.lars_rule import Rule
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
 _HAVE_FUSED_SGD = ("cuda", "cpu")
 
 
 def update(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    buffers: Sequence[Tensor],
+    parameters: Tensors,
+    gradients: Tensors,
+    buffers: Tensors,
     rule: Rule,
     sum_over_shards: Callable[[Tensor], None] | None = None,
 ) -> None:
@@ -35,24 +37,22 @@ def update(
     if isinstance(lr, Tensor):
         # One on the host can be read without waiting; it acts as a number would.
         lr = lr.item() if lr.device.type == "cpu" else lr.to(parameters[0].device, parameters[0].dtype)
-    decayed: Sequence[Tensor] = gradients
+    # Of the weight decayed gradients there is a copy to work in, made here or by the first product with the rates.
+    steps = gradients
     if rule.weight_decay != 0:
-        decayed = torch._foreach_add(gradients, parameters, alpha=rule.weight_decay)
-    rates: float | Tensor | Sequence[Tensor] = lr
+        steps = torch._foreach_add(gradients, parameters, alpha=rule.weight_decay)
+    multiply = torch._foreach_mul if steps is gradients else torch._foreach_mul_
     if rule.adapt:
-        ratios = _trust_ratios(parameters, decayed, rule.trust_coefficient, sum_over_shards)
-        rates = (ratios * lr).unbind()
-    if decayed is gradients:
-        steps: Sequence[Tensor] = torch._foreach_mul(gradients, rates)
+        ratios = _trust_ratios(parameters, steps, rule.trust_coefficient, sum_over_shards)
+        steps = multiply(steps, (ratios * lr).unbind())
     else:
-        steps = decayed
-        torch._foreach_mul_(steps, rates)
+        steps = multiply(steps, lr)
     _move(parameters, steps, buffers, rule)
 
 
 def _trust_ratios(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    parameters: Tensors,
+    gradients: Tensors,
     trust_coefficient: float,
     sum_over_shards: Callable[[Tensor], None] | None,
 ) -> Tensor:
@@ -67,7 +67,7 @@ def _trust_ratios(
     return torch.where((p_norms > 0) & (g_norms > 0), ratios, 1.0)
 
 
-def _move(parameters: Sequence[Tensor], steps: Sequence[Tensor], buffers: Sequence[Tensor], rule: Rule) -> None:
+def _move(parameters: Tensors, steps: Tensors, buffers: Tensors, rule: Rule) -> None:
     """v = momentum v + step; p = p - v."""
     fused_sgd = getattr(torch, "_fused_sgd_", None)
     if fused_sgd is not None and parameters[0].device.type in _HAVE_FUSED_SGD:

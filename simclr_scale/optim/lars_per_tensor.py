@@ -75,10 +75,11 @@ def _norms(p: Tensor, g: Tensor, weight_decay: float, scratch: Tensor | None) ->
 
 def _row_norms(x: Tensor) -> list[Tensor]:
     rest = x.numel() % _ROW
+    rows = x.numel() // _ROW
     if rest == 0:
-        return [torch.linalg.vector_norm(x.view(-1, _ROW), 2, 1)]
-    head, tail = x[: x.numel() - rest], x[x.numel() - rest :]
-    return [torch.linalg.vector_norm(head.view(-1, _ROW), 2, 1), torch.linalg.vector_norm(tail, 2, 0, keepdim=True)]
+        return [torch.linalg.vector_norm(x.view(rows, _ROW), 2, 1)]
+    head, tail = x[: rows * _ROW], x[rows * _ROW :]
+    return [torch.linalg.vector_norm(head.view(rows, _ROW), 2, 1), torch.linalg.vector_norm(tail, 2, 0, keepdim=True)]
 
 
 def _norm_of(norms: list[Tensor]) -> float:
