@@ -119,7 +119,7 @@ def on_fsdp(rank: int, world_size: int) -> list[torch.Tensor]:
         batch = inputs()[rank::world_size]
         model(batch).square().mean().backward()
         optimizer.step()
-    return [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
+    return [p.detach().full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
 
 
 def small_model() -> nn.Module:
