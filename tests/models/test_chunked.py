@@ -95,9 +95,11 @@ def test_equals_an_encoder_without_batch_norm(chunk_size: int, engine: Any) -> N
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for module, other in ((encoder, plain), (head, plain_head)):
         for (name, parameter), twin in zip(module.named_parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad, twin.grad, rtol=1e-10, atol=1e-10, msg=name)
-            assert twin.grad.abs().max() > 1e-10, f"{name} without gradient would prove nothing"
-    assert_equal_buffers(head, plain_head)
+            largest = twin.grad.abs().max().item()
+            # The head's batch norm takes away what shifts all features alike: no gradient, but for rounding.
+            assert (largest > 1e-6) == (name != "norm.bias"), f"{name} is at most {largest}"
+            assert (parameter.grad - twin.grad).abs().max() <= 1e-10 * max(largest, 1e-3), name
+    torch.testing.assert_close(dict(head.named_buffers()), dict(plain_head.named_buffers()), rtol=1e-10, atol=1e-10)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -148,19 +150,6 @@ def test_a_norm_that_the_second_forward_does_not_reach() -> None:
     encoder = Watched()
     encode_in_chunks(encoder, torch.randn(8, 3, 6, 6, dtype=torch.float64), 4).sum().backward()
     assert encoder.statistics.num_batches_tracked == encoder.body[1].num_batches_tracked == 2
-
-
-def test_infinite_activations_leave_statistics_as_one_forward_does() -> None:
-    """Loss scaling finds its factor by overflows."""
-    encoder = convolutions()
-    plain = copy.deepcopy(encoder)
-    x = torch.randn(8, 3, 6, 6, dtype=torch.float64)
-    features = encode_in_chunks(encoder, x, 4)
-    torch.cat([plain(part) for part in parts(x, [4, 4])])
-    with torch.no_grad():
-        encoder[0].weight.fill_(torch.inf)  # seen by the second forward alone
-    features.sum().backward()
-    assert_equal_buffers(encoder, plain)
 
 
 @pytest.mark.parametrize("frozen", ["stem", "all", "norm in evaluation", "encoder in evaluation"])
@@ -266,7 +255,7 @@ def test_keeps_the_images_and_the_last_chunk(memory_format: torch.memory_format)
         return kept
 
     last = sum(kept_by(lambda: encoder(images[6:].to(memory_format=memory_format))).values())
-    assert sum(kept_by(lambda: encoder(images)).values()) > 3 * last
+    assert sum(kept_by(lambda: encoder(images.to(memory_format=memory_format))).values()) > 3 * last
     assert sum(kept_by(lambda: encode_in_chunks(encoder, images, 2, memory_format)).values()) == last
 
 
@@ -305,8 +294,8 @@ def test_within_a_compiled_function() -> None:
     encoder = convolutions()
     plain = copy.deepcopy(encoder)
     x = torch.randn(8, 3, 6, 6, dtype=torch.float64)
-    features = torch.compile(lambda x: encode_in_chunks(encoder, 2 * x, 4) + 1, backend="aot_eager")(x)
-    expected = torch.cat([plain(2 * part) for part in x.split(4)]) + 1
+    features = torch.compile(lambda x: encode_in_chunks(encoder, 2 * x, 4), backend="aot_eager")(x)
+    expected = torch.cat([plain(2 * part) for part in x.split(4)])
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(gradients(encoder, features), gradients(plain, expected))
     assert_equal_buffers(encoder, plain)
