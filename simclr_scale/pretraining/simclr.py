@@ -46,8 +46,8 @@ class SimCLR(pl.LightningModule):
         warmup_epochs: epochs of linear warm-up from 0, before the cosine.
         temperature: of NT-Xent.
         loss_scale: the loss is multiplied by it; 2 is Google's sum over both directions.
-        chunk_size: views that are encoded at a time; None: all. A big batch then fits a small device, with the same
-            gradient but batch norm over a chunk.
+        chunk_size: views that are encoded at a time, at most; None: all. A big batch then fits a small device, with
+            the same gradient but batch norm over a chunk (of all ranks); see ``encode_in_chunks``.
         probe_classes: classes of the online probe; None: those of the data module's labels, 0: no probe.
         init_from: a spec of ``load_encoder`` whose weights the encoder starts from.
         channels_last: run the encoder in channels-last memory format.
@@ -166,11 +166,10 @@ class SimCLR(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (M, C, H, W) -> features (M, D)."""
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         if self.chunk_size is not None and self.training:
-            return encode_in_chunks(self.encoder, x, self.chunk_size)
-        return self.encoder(x)
+            return encode_in_chunks(self.encoder, x, self.chunk_size, memory_format)
+        return self.encoder(x.to(memory_format=memory_format))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on the data module's batch, or on ``((view1, view2), label)`` of anyone's loader."""

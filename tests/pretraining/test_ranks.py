@@ -1,6 +1,7 @@
 """A whole SimCLR step on real processes equals one process with the whole batch, in float64."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def one_process(name: str, world_size: int, chunk_size: int | None) -> tuple[Ten
     views = Pairs(IMAGES).views.double()
     share = IMAGES // world_size
     ranks = [views[:, rank * share : (rank + 1) * share].flatten(0, 1) for rank in range(world_size)]
-    chunks = zip(*(x.split(chunk_size or len(x)) for x in ranks), strict=True)
+    count = math.ceil(2 * share / (chunk_size or 2 * share))
+    chunks = zip(*(x.tensor_split(count) for x in ranks), strict=True)
     features = [encoder(torch.cat(chunk)).chunk(world_size) for chunk in chunks]
     h_by_rank = [torch.cat(parts).chunk(2) for parts in zip(*features, strict=True)]
     h = torch.cat([*(first for first, _ in h_by_rank), *(second for _, second in h_by_rank)])
@@ -127,11 +129,15 @@ class Step(SimCLR):
 
 def train_one_step(rank: int, world_size: int, name: str, options: dict[str, Any]) -> Step:
     encoder, head = networks(name)
+    options = dict(options)
+    ddp = options.pop("ddp", {})
     module = Step(encoder, head=head, temperature=TEMPERATURE, loss_scale=LOSS_SCALE, warmup_epochs=0, **options)
     share = IMAGES // world_size
     data = DataLoader(Subset(Pairs(IMAGES), range(rank * share, (rank + 1) * share)), batch_size=share)
     environment = Pool(rank, world_size)
-    strategy = DDPStrategy(cluster_environment=environment, process_group_backend="gloo") if world_size > 1 else "auto"
+    strategy = (
+        DDPStrategy(cluster_environment=environment, process_group_backend="gloo", **ddp) if world_size > 1 else "auto"
+    )
     fit(
         module,
         data=data,
@@ -173,6 +179,8 @@ def step_against_one_process(
     [
         *(("tiny", world_size, {}, False) for world_size in (1, 2, 4)),
         *(("tiny", world_size, {"chunk_size": 3}, True) for world_size in (1, 2)),
+        ("tiny", 2, {"chunk_size": 3, "channels_last": True, "ddp": {"static_graph": True}}, True),
+        ("tiny", 2, {"chunk_size": 3, "ddp": {"find_unused_parameters": True}}, True),
         ("tiny", 2, {"channels_last": True}, False),
         ("selective kernels", 2, {}, False),
         ("timm's ResNet-18", 2, {}, False),

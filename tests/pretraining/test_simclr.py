@@ -132,6 +132,17 @@ def test_channels_last() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_chunks_are_for_training_alone() -> None:
+    model = module(chunk_size=3)
+    rows: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    x = torch.randn(8, 3, 16, 16)
+    model.train()(x)
+    assert rows == [3, 3, 2]
+    model.eval()(x)
+    assert rows == [3, 3, 2, 8]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile() -> None:
