@@ -12,8 +12,9 @@ the end of one batch to the end of the next: loader, zero_grad, forward, backwar
              ResNets, on views that are augmented already
   bare       forward and backward of our encoder, the mean square of its features as loss, plain SGD, no head
 
-No side has an online probe. The peers augment with PIL in the loader's workers: on a machine whose cores all train,
-that time comes on top of theirs, and crops (in our workers too) on top of both.
+No side has an online probe, a logger, a progress bar or a callback but the clock (and the one that
+stable-pretraining's Module logs through). The peers augment with PIL in the loader's workers: on a machine whose cores
+all train, that time comes on top of theirs, and crops (in our workers too) on top of both.
 
 The defaults take some 15 minutes on one thread of an AVX2 processor; `--quick` ends in a minute or two and is good for
 a look only. What LARS costs is the same at every batch: its share falls as 1 / batch.
@@ -304,7 +305,7 @@ def trainer_for(module: Any, clock: Clock, precision: str) -> Any:
     # Clock's hooks come first in the order of methods, Lightning's empty ones after.
     timed = type("TimedSteps", (Clock, callback), {})(clock.name, clock.turns, clock.device)
     timed.seconds = clock.seconds
-    return trainer(
+    made = trainer(
         accelerator="gpu" if clock.device == "cuda" else "cpu",
         devices=1,
         precision=precision,
@@ -316,6 +317,14 @@ def trainer_for(module: Any, clock: Clock, precision: str) -> Any:
         log_every_n_steps=10,
         callbacks=[timed],
     )
+    # stable-pretraining hangs fourteen callbacks (hardware monitor, progress, ...) on every Trainer of `lightning`; its
+    # Module logs through one of them, the others are no part of the step.
+    made.callbacks = [callback for callback in made.callbacks if _belongs_to_step(callback, timed)]
+    return made
+
+
+def _belongs_to_step(callback: Any, timed: Any) -> bool:
+    return callback is timed or type(callback).__name__ == "ModuleRegistryCallback"
 
 
 def train_in_turns(
@@ -460,7 +469,10 @@ def main() -> int:
             continue
         default = IMAGES_ON_CUDA[key] if options.device == "cuda" else experiment.images
         images = getattr(options, f"{key}_images") or default
-        claims += measure(replace(experiment, images=images), options, precision, bf16)
+        found = measure(replace(experiment, images=images), options, precision, bf16)
+        for claim in found:
+            print(f"{claim.name}: {claim.ours:.4g} {claim.unit}, ratio {claim.ratio:.3f}", flush=True)
+        claims += found
     for note in notes:
         print(note)
     facts = environment(
