@@ -24,6 +24,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from simclr_scale.errors import InputError
+from simclr_scale.models.convolution import Convolution
 
 # Standard deviation of a unit normal cut at two standard deviations; Keras divides by it to restore the variance.
 _TRUNCATED_STD = 0.87962566103423978
@@ -31,7 +32,7 @@ _SK_MIN_CHANNELS = 32
 
 
 def _convolution(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+    return Convolution(in_channels, out_channels, kernel, stride)
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
