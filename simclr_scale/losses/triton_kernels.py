@@ -254,8 +254,9 @@ def _grid(rows: int, columns: int, width: int, chunks: int, tiles: Tiles, device
         most = max(1, min(steps // LEAST_STEPS, PARTIAL_SUMS // (rows * width), 4 * places // programs))
 
         def occupied(splits: int) -> float:
-            rounds = triton.cdiv(programs * splits, places)
-            return programs * splits / (rounds * places)
+            steps_each = triton.cdiv(steps, splits)
+            rounds = triton.cdiv(programs * triton.cdiv(steps, steps_each), places)
+            return programs * steps / (rounds * steps_each * places)
 
         splits = max(range(1, most + 1), key=lambda splits: (min(occupied(splits), 0.9), -splits))
     steps_each = triton.cdiv(steps, min(splits, steps))
@@ -455,8 +456,7 @@ if triton is not None:
                 cosine = _dot(held, tl.trans(b), tl.zeros((ROWS, COLUMNS), tl.float32), PRODUCTS, WIDEN)
             else:
                 cosine = _cosines(z, z_all, row, rows, tile, columns, WIDTH, ROWS, COLUMNS, DEPTH, PRODUCTS, WIDEN)
-            # Columns past the end have terms and rows of zeros, so that their weights are finite and count nothing.
-            column_term = tl.load(column_terms + j)
+            column_term = tl.load(column_terms + j)  # as long as the tiles
             if ONE_EXPONENTIAL:
                 weight = tl.exp2(tl.fma(cosine, scale, -scale)) * (row_term[:, None] + column_term[None, :])
             else:
@@ -470,9 +470,11 @@ if triton is not None:
                 _meets(low, tile, ROWS, COLUMNS)
                 | _meets(low + half, tile, ROWS, COLUMNS)
                 | _meets(low - half, tile, ROWS, COLUMNS)
+                | (tile + COLUMNS > columns)
             )
             if masked:
-                drop = (j[None, :] == own[:, None]) | (j[None, :] == partner[:, None])
+                # Past the end stand rows of zeros; but the weight there may be infinite, and 0 times that is no number.
+                drop = (j[None, :] == own[:, None]) | (j[None, :] == partner[:, None]) | (j >= columns)[None, :]
                 weight = tl.where(drop, 0.0, weight)
             if WHOLE and CHUNK == WIDTH:
                 gradient = _dot(weight.to(z.dtype.element_ty), b, gradient, PRODUCTS, WIDEN)
