@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -410,9 +411,10 @@ def _compiled(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = Path(triton.knobs.cache.dir) / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
@@ -450,16 +452,23 @@ def test_kernels_compile_for_an_h100_without_spilling(compile_kernel: Run, kerne
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-@pytest.mark.parametrize("width", [16, 32, 64, 128, 256, 512, 2048])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("capability", "width", "temperature"),
+    [
+        *((90, width, temperature) for width in (128, 256, 2048) for temperature in (0.1, 0.01)),
+        *((capability, width, 0.1) for capability in (89, 90) for width in (16, 64)),
+        *((89, width, 0.1) for width in (128, 256, 2048)),
+        (89, 128, 0.01),
+        (80, 128, 0.1),
+    ],
+)
 @pytest.mark.parametrize("kernel", ["log_negatives", "repulsion"])
 def test_every_variant_compiles_for_every_device(
     compile_kernel: Run, kernel: str, dtype: torch.dtype, width: int, temperature: float, capability: int
 ) -> None:
     report = compile_kernel(kernel, dtype, width, temperature, capability)
-    print(kernel, dtype, width, temperature, capability, report)
+    print(kernel, dtype, width, temperature, capability, report)  # the table by which the tiles are chosen: pytest -s
     assert report["spilled"] <= 128  # what a step's start keeps; a tile of sums would be thousands of bytes
     assert report["shared"] <= {80: 163, 89: 99, 90: 227}[capability] << 10
     if dtype == torch.bfloat16:
