@@ -20,9 +20,9 @@ threads of a block, which costs about as much as the exponentials it saves. Equa
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,10 @@ LARGEST_SPREAD = 85.0
 # float32 must stay float32: the tensor cores' three-product form ("tf32x3") truncates as it accumulates, which at
 # low temperatures costs more than the tolerance of 1e-5.
 FLOAT32_PRODUCTS = "ieee"
+# Of a split of the columns: its least steps, so that its start does not count, and the most numbers (64 MiB) that all
+# splits together keep before they are added.
+LEAST_STEPS = 4
+PARTIAL_SUMS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,7 @@ def require_triton(device: torch.device | str) -> None:
         )
 
 
-def log_negatives(
-    z: Tensor, z_all: Tensor, first: int, temperature: float, *, tiles: Tiles | None = None
-) -> Tensor:
+def log_negatives(z: Tensor, z_all: Tensor, first: int, temperature: float, *, tiles: Tiles | None = None) -> Tensor:
     """Log of the sum over the negatives: log sum over j not in {i, p(i)} of exp(S_ij).
 
     Args:
@@ -100,32 +102,31 @@ def log_negatives(
         InputError: without Triton, on a device other than CUDA, or for another type of number.
     """
     rows, columns = z.shape[0], z_all.shape[0]
-    tiles = tiles or _log_negatives_tiles(z.dtype, z.shape[1])
+    tiles = tiles or _log_negatives_tiles(z.dtype, z.shape[1], _roomy(z.device))
     z, z_all = _prepared(z, z_all, tiles)
-    blocks, splits, steps = _grid(rows, columns, 1, tiles, z.device)
+    blocks, splits, steps = _grid(rows, columns, 1, 1, tiles, z.device)
 
     online = not _spread_fits(temperature)
-    total = torch.empty(splits, rows, device=z.device)
-    peak = torch.empty(splits if online else 0, rows, device=z.device)
-    _log_negatives_kernel[blocks, splits](
-        z,
-        z_all,
-        total,
-        peak,
-        rows,
-        columns,
-        first,
-        steps,
-        LOG2E / temperature,
-        WIDTH=z.shape[1],
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=min(tiles.depth, z.shape[1]),
-        ONLINE=online,
-        **_numerics(),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    total = torch.empty(splits, rows, device=z.device, dtype=torch.float32)
+    peak = torch.empty(splits if online else 0, rows, device=z.device, dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        _log_negatives_kernel[blocks, splits](
+            z,
+            z_all,
+            total,
+            peak,
+            rows,
+            columns,
+            first,
+            steps,
+            LOG2E / temperature,
+            WIDTH=z.shape[1],
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            DEPTH=min(tiles.depth, z.shape[1]),
+            ONLINE=online,
+            **_compiled_as(tiles),
+        )
     if not online:
         return total.sum(0).log_().add_(1 / temperature)
     # The products are at most about 1, so that a peak is exact and the temperature's rounding enters only here.
@@ -158,11 +159,11 @@ def repulsion(
         InputError: as :func:`log_negatives`.
     """
     rows, width, columns = *z.shape, z_all.shape[0]
-    tiles = tiles or _repulsion_tiles(z.dtype, width)
+    tiles = tiles or _repulsion_tiles(z.dtype, width, _roomy(z.device))
     z, z_all = _prepared(z, z_all, tiles)
     chunk = min(tiles.width, z.shape[1])
     chunks = triton.cdiv(width, chunk)
-    blocks, splits, steps = _grid(rows, columns, chunks, tiles, z.device)
+    blocks, splits, steps = _grid(rows, columns, width, chunks, tiles, z.device)
 
     scale = 1 / temperature
     one_exponential = _spread_fits(temperature)
@@ -173,30 +174,29 @@ def repulsion(
     else:
         row_terms, column_terms = log_sum.float().contiguous(), log_sum_all.float()
     column_terms = F.pad(column_terms, (0, -columns % tiles.columns))
-    out = torch.empty(splits, rows, width, device=z.device)
-    _repulsion_kernel[blocks, splits, chunks](
-        z,
-        z_all,
-        row_terms,
-        column_terms,
-        out,
-        rows,
-        columns,
-        width,
-        first,
-        steps,
-        scale,
-        scale - torch.tensor(scale).item(),  # what float32 drops of the scale
-        WIDTH=z.shape[1],
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        DEPTH=min(tiles.depth, z.shape[1]),
-        CHUNK=chunk,
-        ONE_EXPONENTIAL=one_exponential,
-        **_numerics(),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    out = torch.empty(splits, rows, width, device=z.device, dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        _repulsion_kernel[blocks, splits, chunks](
+            z,
+            z_all,
+            row_terms,
+            column_terms,
+            out,
+            rows,
+            columns,
+            width,
+            first,
+            steps,
+            scale,
+            scale - torch.tensor(scale, dtype=torch.float32).item(),  # what float32 drops of the scale
+            WIDTH=z.shape[1],
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            DEPTH=min(tiles.depth, z.shape[1]),
+            CHUNK=chunk,
+            ONE_EXPONENTIAL=one_exponential,
+            **_compiled_as(tiles),
+        )
     return out[0] if splits == 1 else out.sum(0)
 
 
@@ -210,10 +210,16 @@ def _interpreted() -> bool:
     return triton is not None and not isinstance(_log_negatives_kernel, triton.JITFunction)
 
 
-def _numerics() -> dict[str, object]:
-    # The interpreter multiplies the bit patterns of bfloat16 as integers. Widened to float32 they give the products
-    # that a tensor core gives: those of two bfloat16 are exact.
-    return {"PRODUCTS": FLOAT32_PRODUCTS, "WIDEN": _interpreted()}
+def _compiled_as(tiles: Tiles) -> dict[str, Any]:
+    return {
+        "PRODUCTS": FLOAT32_PRODUCTS,
+        # The interpreter multiplies the bit patterns of bfloat16 as integers. Widened to float32 they give the products
+        # that a tensor core gives: those of two bfloat16 are exact.
+        "WIDEN": _interpreted(),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,  # Triton's default, which changes in 3.10
+    }
 
 
 def _prepared(z: Tensor, z_all: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -235,17 +241,26 @@ def _prepared(z: Tensor, z_all: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     return (z_all if same else F.pad(z, (0, padded - width))), z_all
 
 
-def _grid(rows: int, columns: int, chunks: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of rows, splits of the columns, and steps (tiles of columns) in a split."""
+def _grid(rows: int, columns: int, width: int, chunks: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
+    """Blocks of rows, splits of the columns, and steps (tiles of columns) in a split.
+
+    Few blocks of rows would leave most of a device idle; then several programs share the columns of one block, and
+    their sums, `width` numbers a row, are added afterwards, in an order that is always the same.
+    """
     blocks, steps = triton.cdiv(rows, tiles.rows), triton.cdiv(columns, tiles.columns)
     splits = tiles.splits
     if splits is None:
-        # About four programs for each multiprocessor, so that the last round of programs is not mostly idle, but
-        # none so short that its start-up counts. The partial sums then hold about that many blocks, whatever N.
-        wanted = triton.cdiv(4 * _multiprocessors(device), blocks * chunks)
-        splits = min(wanted, max(1, steps // 8))
-    per_split = triton.cdiv(steps, max(1, min(splits, steps)))
-    return blocks, triton.cdiv(steps, per_split), per_split
+        programs, places = blocks * chunks, 2 * _multiprocessors(device)
+        most = max(1, min(steps // LEAST_STEPS, PARTIAL_SUMS // (rows * width), 4 * places // programs))
+
+        def occupied(splits: int) -> float:
+            steps_each = triton.cdiv(steps, splits)
+            rounds = triton.cdiv(programs * triton.cdiv(steps, steps_each), places)
+            return programs * steps / (rounds * steps_each * places)
+
+        splits = max(range(1, most + 1), key=lambda splits: (min(occupied(splits), 0.9), -splits))
+    steps_each = triton.cdiv(steps, min(splits, steps))
+    return blocks, triton.cdiv(steps, steps_each), steps_each
 
 
 @cache
@@ -253,57 +268,105 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _log_negatives_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(rows=64, columns=64, depth=32, width=32, warps=8, stages=2)
-    return Tiles(rows=128, columns=128, depth=128, width=128, warps=8, stages=2)
+@cache
+def _roomy(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory of an H100 (227 KiB), not of a smaller device (99 to 163)."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 << 10
 
 
-def _repulsion_tiles(dtype: torch.dtype, width: int) -> Tiles:
+# The tables below are chosen for H100 and H200 by what the compiler reports for them: no register is spilled, and two
+# programs of the first kernel fit a multiprocessor at width 128, so that one's exponentials overlap the other's
+# products. A block of 128 rows reads all columns from the second-level cache: 8.6 GB at N = 65,536 and width 128 in
+# bfloat16, about a third of what that cache delivers in the time the tensor cores need.
+
+
+def _log_negatives_tiles(dtype: torch.dtype, width: int, roomy: bool) -> Tiles:
     if dtype == torch.float32:
-        return Tiles(rows=64, columns=32, depth=32, width=128, warps=8, stages=2)
-    return Tiles(rows=128, columns=64, depth=128, width=128, warps=8, stages=3)
+        return Tiles(rows=128, columns=128, depth=16, width=16, warps=8, stages=2)
+    if not roomy:
+        return Tiles(rows=64, columns=64, depth=128, width=128, warps=4, stages=2)
+    if width <= 256:
+        return Tiles(rows=128, columns=128, depth=256, width=256, warps=8, stages=2)
+    return Tiles(rows=128, columns=128, depth=64, width=64, warps=8, stages=3)
+
+
+def _repulsion_tiles(dtype: torch.dtype, width: int, roomy: bool) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(rows=128, columns=32, depth=16, width=128, warps=8, stages=2)
+    if not roomy:
+        return Tiles(rows=64, columns=64, depth=128, width=128, warps=4, stages=2)
+    if width <= 128:
+        return Tiles(rows=128, columns=128, depth=128, width=128, warps=8, stages=3)
+    if width <= 256:
+        return Tiles(rows=128, columns=64, depth=256, width=256, warps=8, stages=3)
+    return Tiles(rows=128, columns=64, depth=64, width=256, warps=8, stages=3)
 
 
 if triton is not None:
 
     @triton.jit
-    def _meets(low, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _meets(low, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
         """Whether the columns [tile, tile + COLUMNS) have some of [low, low + ROWS)."""
         return (tile < low + ROWS) & (low < tile + COLUMNS)
 
     @triton.jit
-    def _load_rows(base, start, index, limit, WIDTH: tl.constexpr, offset, LENGTH: tl.constexpr):
-        """(index, LENGTH) elements of rows start + index, from the offset on; zeros from the row `limit` on."""
-        base += start.to(tl.int64) * WIDTH + offset
-        return tl.load(
-            base + index[:, None] * WIDTH + tl.arange(0, LENGTH)[None, :],
-            mask=(start + index < limit)[:, None],
-            other=0.0,
-        )
+    def _load_rows(  # type: ignore[no-untyped-def]
+        base, start, limit, offset, WIDTH: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr
+    ):
+        """COUNT rows from `start` on, LENGTH elements of each from `offset` on; zeros from the row `limit` on."""
+        row = tl.arange(0, COUNT)
+        base += start.to(tl.int64) * WIDTH + offset  # the product may pass 2^31; what is inside a tile does not
+        places = row[:, None] * WIDTH + tl.arange(0, LENGTH)[None, :]
+        return tl.load(base + places, mask=(start + row < limit)[:, None], other=0.0)
 
     @triton.jit
-    def _dot(a, b, accumulator, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr):
+    def _dot(a, b, accumulator, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         return tl.dot(a, b, accumulator, input_precision=PRODUCTS)
 
     @triton.jit
-    def _cosines(z, z_all, row, rows, tile, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr):
+    def _cosines(  # type: ignore[no-untyped-def]
+        z,
+        z_all,
+        row,
+        rows,
+        tile,
+        columns,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
+    ):
         """Products of the rows [row, row + ROWS) with the columns [tile, tile + COLUMNS), over the width in steps."""
         cosine = tl.zeros((ROWS, COLUMNS), tl.float32)
         for offset in range(0, WIDTH, DEPTH):
-            a = _load_rows(z, row, tl.arange(0, ROWS), rows, WIDTH, offset, DEPTH)
-            b = _load_rows(z_all, tile, tl.arange(0, COLUMNS), columns, WIDTH, offset, DEPTH)
+            a = _load_rows(z, row, rows, offset, WIDTH, ROWS, DEPTH)
+            b = _load_rows(z_all, tile, columns, offset, WIDTH, COLUMNS, DEPTH)
             cosine = _dot(a, tl.trans(b), cosine, PRODUCTS, WIDEN)
         return cosine
 
     @triton.jit(do_not_specialize=["rows", "columns", "first", "steps"])
-    def _log_negatives_kernel(
-        z, z_all, total, peak, rows, columns, first, steps, scale,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-        ONLINE: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+    def _log_negatives_kernel(  # type: ignore[no-untyped-def]
+        z,
+        z_all,
+        total,
+        peak,
+        rows,
+        columns,
+        first,
+        steps,
+        scale,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        ONLINE: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         row = tl.program_id(0) * ROWS
         split = tl.program_id(1)
@@ -313,7 +376,7 @@ if triton is not None:
         partner = tl.where(i < half, own + half, own - half)
 
         if WIDTH == DEPTH:
-            held = _load_rows(z, row, tl.arange(0, ROWS), rows, WIDTH, 0, WIDTH)
+            held = _load_rows(z, row, rows, 0, WIDTH, ROWS, WIDTH)
         sums = tl.zeros((ROWS,), tl.float32)
         if ONLINE:
             # Below every product of unit rows, and finite: no difference of infinities arises.
@@ -321,7 +384,7 @@ if triton is not None:
         for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(columns, COLUMNS))):
             tile = step * COLUMNS
             if WIDTH == DEPTH:
-                b = _load_rows(z_all, tile, tl.arange(0, COLUMNS), columns, WIDTH, 0, WIDTH)
+                b = _load_rows(z_all, tile, columns, 0, WIDTH, COLUMNS, WIDTH)
                 cosine = _dot(held, tl.trans(b), tl.zeros((ROWS, COLUMNS), tl.float32), PRODUCTS, WIDEN)
             else:
                 cosine = _cosines(z, z_all, row, rows, tile, columns, WIDTH, ROWS, COLUMNS, DEPTH, PRODUCTS, WIDEN)
@@ -350,10 +413,27 @@ if triton is not None:
             tl.store(peak + place, peaks, mask=i < rows)
 
     @triton.jit(do_not_specialize=["rows", "columns", "width", "first", "steps"])
-    def _repulsion_kernel(
-        z, z_all, row_terms, column_terms, out, rows, columns, width, first, steps, scale, scale_rest,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
-        ONE_EXPONENTIAL: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+    def _repulsion_kernel(  # type: ignore[no-untyped-def]
+        z,
+        z_all,
+        row_terms,
+        column_terms,
+        out,
+        rows,
+        columns,
+        width,
+        first,
+        steps,
+        scale,
+        scale_rest,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        CHUNK: tl.constexpr,
+        ONE_EXPONENTIAL: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         row = tl.program_id(0) * ROWS
         split = tl.program_id(1)
@@ -366,18 +446,17 @@ if triton is not None:
 
         WHOLE: tl.constexpr = WIDTH == DEPTH
         if WHOLE:
-            held = _load_rows(z, row, tl.arange(0, ROWS), rows, WIDTH, 0, WIDTH)
+            held = _load_rows(z, row, rows, 0, WIDTH, ROWS, WIDTH)
         gradient = tl.zeros((ROWS, CHUNK), tl.float32)
         for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(columns, COLUMNS))):
             tile = step * COLUMNS
             j = tile + tl.arange(0, COLUMNS)
             if WHOLE:
-                b = _load_rows(z_all, tile, tl.arange(0, COLUMNS), columns, WIDTH, 0, WIDTH)
+                b = _load_rows(z_all, tile, columns, 0, WIDTH, COLUMNS, WIDTH)
                 cosine = _dot(held, tl.trans(b), tl.zeros((ROWS, COLUMNS), tl.float32), PRODUCTS, WIDEN)
             else:
                 cosine = _cosines(z, z_all, row, rows, tile, columns, WIDTH, ROWS, COLUMNS, DEPTH, PRODUCTS, WIDEN)
-            # Columns past the end have terms and rows of zeros, so that their weights are finite and count nothing.
-            column_term = tl.load(column_terms + j)
+            column_term = tl.load(column_terms + j)  # as long as the tiles
             if ONE_EXPONENTIAL:
                 weight = tl.exp2(tl.fma(cosine, scale, -scale)) * (row_term[:, None] + column_term[None, :])
             else:
@@ -391,14 +470,16 @@ if triton is not None:
                 _meets(low, tile, ROWS, COLUMNS)
                 | _meets(low + half, tile, ROWS, COLUMNS)
                 | _meets(low - half, tile, ROWS, COLUMNS)
+                | (tile + COLUMNS > columns)
             )
             if masked:
-                drop = (j[None, :] == own[:, None]) | (j[None, :] == partner[:, None])
+                # Past the end stand rows of zeros; but the weight there may be infinite, and 0 times that is no number.
+                drop = (j[None, :] == own[:, None]) | (j[None, :] == partner[:, None]) | (j >= columns)[None, :]
                 weight = tl.where(drop, 0.0, weight)
             if WHOLE and CHUNK == WIDTH:
                 gradient = _dot(weight.to(z.dtype.element_ty), b, gradient, PRODUCTS, WIDEN)
             else:
-                b = _load_rows(z_all, tile, tl.arange(0, COLUMNS), columns, WIDTH, offset, CHUNK)
+                b = _load_rows(z_all, tile, columns, offset, WIDTH, COLUMNS, CHUNK)
                 gradient = _dot(weight.to(z.dtype.element_ty), b, gradient, PRODUCTS, WIDEN)
         d = offset + tl.arange(0, CHUNK)
         out += split.to(tl.int64) * rows * width
