@@ -32,6 +32,8 @@ TYPES = [torch.float32, torch.bfloat16]
 SMALL = Tiles(rows=32, columns=16, depth=32, width=32, warps=4, stages=2, splits=2)
 # Products over the whole width, as in the table's tiles up to 256.
 WHOLE = Tiles(rows=16, columns=32, depth=256, width=256, warps=4, stages=2, splits=3)
+# Blocks of rows far taller than a tile is wide: most tiles with a row's own index begin inside the block.
+TALL = Tiles(rows=64, columns=32, depth=16, width=16, warps=4, stages=2)
 WIDE = Tiles(rows=32, columns=64, depth=128, width=256, warps=4, stages=2, splits=1)
 
 Run = Callable[..., Any]
@@ -167,6 +169,7 @@ def check(
         (34, 3, 1, 33, WHOLE),
         (70, 1, 0, 128, WHOLE),
         (70, 2, 1, 16, SMALL),
+        (134, 1, 0, 3, TALL),
         (34, 3, 2, 300, WIDE),
         (70, 2, 0, 128, None),
         (34, 3, 1, 33, None),
