@@ -11,6 +11,7 @@ from simclr_scale.data.reading import first_readable
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
+from simclr_scale.data.waiting import TimedLoader, WaitClock
 from simclr_scale.data.workers import default_workers
 from simclr_scale.errors import InputError
 
@@ -78,6 +79,8 @@ class SimCLRDataModule(pl.LightningDataModule):
         self.requested_image_size, self.seed = image_size, seed
         self.max_bad_fraction = max_bad_fraction
         self.unreadable: dict[int, str] = {}  # the training images that this rank met and could not read, with reasons
+        self.unreadable_held_out: dict[int, str] = {}  # likewise held-out images; whoever reads them tells
+        self.wait_clock = WaitClock()
         self.train_source: Source | None = None
         self.test_source: Source | None = None
         self._dataset: ViewsDataset | None = None
@@ -149,14 +152,17 @@ class SimCLRDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self._dataset is not None, "Lightning calls setup first"
         workers = self.worker_count()
-        return DataLoader(
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        loader = TimedLoader(
             self._dataset,
             batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=keep,
             persistent_workers=workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=device is not None and device.type == "cuda",
         )
+        loader.clock = self.wait_clock = WaitClock(device)
+        return loader
 
     def worker_count(self) -> int:
         """Processes that decode images on this rank."""
