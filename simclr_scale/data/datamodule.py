@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Preset, resolve
@@ -90,19 +91,27 @@ class SimCLRDataModule(pl.LightningDataModule):
         """Opens the source and checks the batch against it, before anything is trained or written."""
         self._restored = None
         if self.train_source is None:
-            self.train_source = self._open("train")
+            self.train_source = self.open_part("train")
             has_labels = (self.train_source.labels >= 0).any()
-            self.test_source = self._open("test") if has_labels else None
-            self.image_size = self.requested_image_size or _natural_size(self.train_source)
+            self.test_source = self.open_part("test") if has_labels else None
+            self.image_size = self.size_of_views(self.train_source)
         # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
         self._sampler = self._make_sampler(len(self.train_source))
         if self._dataset is None:
             pixels = load_pixels(self.train_source, self.in_memory, self.unreadable)
-            self._dataset = ViewsDataset(
-                self.train_source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable
-            )
+            self._dataset = self.views_of(self.train_source, pixels)
 
-    def _open(self, split: Literal["train", "test"]) -> Source:
+    def views_of(self, source: Source, pixels: Tensor | None = None) -> ViewsDataset:
+        """The batches of views of a source, whose images may be in memory."""
+        size = self.size_of_views(source)
+        return ViewsDataset(source, self.augmentation, size, self.seed, pixels, self.unreadable)
+
+    def size_of_views(self, source: Source) -> int:
+        """Side of the views in pixels: what was asked for, else by the images."""
+        return self.requested_image_size or _natural_size(source)
+
+    def open_part(self, split: Literal["train", "test"]) -> Source:
+        """One part of the data set, as the settings name it."""
         return open_source(
             self.source,
             root=self.root,

@@ -46,6 +46,6 @@ def killed_workers_explained(afterwards: str = "") -> Iterator[None]:
         else:
             advice = "most likely the memory did not suffice: use fewer of them"
         raise RunFailed(
-            f"a process that reads images (pid {gone['pids'].strip()}) {how}; {advice} (--data.num_workers), or smaller "
-            f"batches or images{afterwards}"
+            f"a process that reads images (pid {gone['pids'].strip()}) {how}; {advice} (--data.num_workers), "
+            f"or smaller batches or images{afterwards}"
         ) from None

@@ -98,7 +98,8 @@ def extract_features(
         Features (N, D) float32, labels (N,) int64 and indices (N,) int64, on the CPU.
 
     Raises:
-        InputError: the loader is empty or yields something else; an image cannot be read; the encoder's output is not (B, D) or not finite.
+        InputError: the loader is empty or yields something else; an image cannot be read; the encoder's output is not
+            (B, D) or not finite.
     """
     features, labels, indices = [], [], []
     done = 0

@@ -108,8 +108,9 @@ class BadFiles(pl.Callback):
         if too_many(count, seen, images, data.max_bad_fraction):
             named = f"{self.path} names them" if self.path else "the first"
             raise InputError(
-                f"{count:,} of the {min(seen, images):,} training images seen so far, of {images:,}, cannot be read: more "
-                f"than data.max_bad_fraction {data.max_bad_fraction:g} allows; {named}: {min(self.unreadable.items())[1]}"
+                f"{count:,} of the {images:,} training images cannot be read, after {min(seen, images):,} were seen: "
+                f"more than data.max_bad_fraction {data.max_bad_fraction:g} allows; {named}: "
+                f"{min(self.unreadable.items())[1]}"
             )
 
 
