@@ -13,6 +13,11 @@ from PIL import Image, UnidentifiedImageError
 
 from simclr_scale.errors import InputError
 
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: Pillow decodes the same pixels in twice the time
+    simplejpeg = None
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -56,9 +61,9 @@ def decode_rgb(file: str | BinaryIO, where: str) -> Image.Image:
 def decode_tensor(encoded: bytes, where: str) -> "Tensor":
     """Decode the content of a file to the pixels of `decode_rgb`, faster.
 
-    Pillow reads the header of every file and decodes all but grey and RGB JPEGs, which go through torchvision: it uses
-    the same library as Pillow, but writes where the pixels are to be. They may differ by a step or two in 255, should
-    the two be built with different versions of that library.
+    Pillow reads the header of every file and decodes all but grey and RGB JPEGs, which go to libjpeg-turbo without a
+    detour. Pillow uses the same library; should the two be built of different versions, pixels may differ by a step or
+    two in 255. What libjpeg-turbo complains of goes to Pillow too, which has the last word on damaged files.
 
     Args:
         encoded: the content of the file.
@@ -73,24 +78,22 @@ def decode_tensor(encoded: bytes, where: str) -> "Tensor":
     import torch
 
     with _opened(io.BytesIO(encoded), where) as image:
-        pixels = _decode_jpeg(encoded) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
+        is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
+        pixels = _decode_jpeg(encoded) if is_jpeg else None
         if pixels is None:
-            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-        turn = _UPRIGHT.get(_orientation(image)) if "exif" in image.info else None
-        if turn is None:
-            return pixels
-        upright = Image.fromarray(pixels.permute(1, 2, 0).numpy()).transpose(turn)
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+            pixels = np.array(to_rgb(image))
+        elif "exif" in image.info and (turn := _UPRIGHT.get(_orientation(image))) is not None:
+            pixels = np.array(Image.fromarray(pixels).transpose(turn))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _decode_jpeg(encoded: bytes) -> "Tensor | None":
-    """(3, H, W) uint8, or None where torchvision cannot: whether the image is damaged, Pillow has the last word."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
+def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
+    """(H, W, 3) uint8, or None where it cannot be had without a complaint."""
+    if simplejpeg is None:
+        return None
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
+        return simplejpeg.decode_jpeg(encoded, "RGB")
+    except ValueError:
         return None
 
 
