@@ -79,7 +79,7 @@ class BadFiles(pl.Callback):
             self._name(trainer, data.train_source, train)
             if data.test_source is not None:
                 self._name(trainer, data.test_source, held_out)
-        if judge and train:
+        if judge and self.unreadable:
             self._judge(data, trainer.global_step * data.global_batch_size)
 
     def _name(self, trainer: Any, source: Source, unreadable: Mapping[int, str]) -> None:

@@ -24,6 +24,10 @@ class DataWait(pl.Callback):
         time_so_far = self._all_time + self._time
         return (self._all_wait + self._wait) / time_so_far if time_so_far > 0 else None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that is resumed in the middle of an epoch does not start that epoch again.
+        self._mark = time.perf_counter(), _waited(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._mark = time.perf_counter(), _waited(trainer)
 
