@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that the command line prints in one line."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message is one line that says what is wrong, where, and what would be right. The command line prints it
     without a traceback and exits with status 2.
+    """
+
+
+class RunFailed(RuntimeError):
+    """The machine ended the work, through no fault of the input: the message says what happened and what to do.
+
+    The command line prints it without a traceback and exits with status 1.
     """

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from simclr_scale import __version__
-from simclr_scale.errors import InputError
+from simclr_scale.errors import InputError, RunFailed
 
 PROGRAM = "simclr-scale"
 
@@ -27,11 +27,12 @@ COMMANDS = {
     "pretrain": Command("pretrain", "main", "train an encoder without labels, from a recipe"),
     "knn": Command("evaluate", "knn", "score an encoder by its nearest neighbours"),
     "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
+    "views": Command("views", "main", "show what the augmentation makes of some images"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0 done, 2 the user's to mend."""
+    """Runs a command and returns the exit status: 0 done, 2 the user's to mend, 1 ended by the machine."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_table())
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         getattr(import_module(f"simclr_scale.cli.{command.module}"), command.function)(rest)
     except InputError as error:
         return fail(str(error), name)
+    except RunFailed as error:
+        # What kills a process on one rank need not happen on the first.
+        print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

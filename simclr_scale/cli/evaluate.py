@@ -7,7 +7,7 @@ from typing import Any
 from simclr_scale.bundle import load_encoder
 from simclr_scale.cli.parsing import OneLineErrors
 from simclr_scale.data.sources import Source, open_source
-from simclr_scale.data.workers import default_workers
+from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import Manifest, evaluate_knn, evaluate_linear, require_new_file
 
@@ -148,17 +148,18 @@ def _evaluate(
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
     encoder, transform = load_encoder(spec)
     train, test = data.open()
-    manifest = evaluate(
-        encoder,
-        transform,
-        train,
-        test,
-        batch_size=batch_size,
-        num_workers=data.workers(train),
-        device=_device(device),
-        spec=spec,
-        **settings,
-    )
+    with killed_workers_explained():
+        manifest = evaluate(
+            encoder,
+            transform,
+            train,
+            test,
+            batch_size=batch_size,
+            num_workers=data.workers(train),
+            device=_device(device),
+            spec=spec,
+            **settings,
+        )
     manifest.print_table()
     if output is not None:
         manifest.write(output)

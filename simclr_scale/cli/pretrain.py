@@ -17,8 +17,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
 from simclr_scale.data.datamodule import SimCLRDataModule
+from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
+from simclr_scale.pretraining.bad_files import BadFiles
 from simclr_scale.pretraining.checkpointing import RunCheckpoint
+from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
 from simclr_scale.pretraining.logger import RunLogger
 from simclr_scale.pretraining.progress import RunProgress
@@ -172,7 +175,8 @@ class PretrainCLI(LightningCLI):
         progress = RunProgress()
         self._get(self.config_init, "checkpoint").folder = folder / "checkpoints"
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
-        config["callbacks"] = [*(config.get("callbacks") or []), progress, run_folder]
+        further_callbacks = config.get("callbacks") or []
+        config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait()]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(
@@ -230,4 +234,6 @@ def main(argv: list[str]) -> None:
         for note in cli.start.notes:
             progress.say(note)
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    name = cli.start.folder.name
+    with killed_workers_explained(f"; then --resume auto --name {name} continues from the last checkpoint"):
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)

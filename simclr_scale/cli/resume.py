@@ -30,6 +30,7 @@ _HARMLESS = (
     "trainer.profiler",
     "data.num_workers",
     "data.in_memory",
+    "data.max_bad_fraction",
     "trainer.max_time",
     "checkpoint",
     "knn.every_n_epochs",

@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from simclr_scale.data.augmentation import Augmentation
 
@@ -92,9 +91,16 @@ def _google_sizes(
 
 
 def cut(image: Tensor, box: NDArray[np.float32], size: int) -> Tensor:
-    """One crop of one image, bicubic and antialiased: (C, H, W) uint8 -> (C, size, size) uint8."""
+    """One crop of one image, bicubic and antialiased: (C, H, W) uint8 -> (C, size, size) uint8.
+
+    Fastest where the channels of a pixel lie side by side in memory, as they then do in the result.
+    """
     top, left, height, width = (int(value) for value in box)
-    return tv.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    # Not image[None]: the stride of its first dimension would hide the memory format, and cost a third more.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    crop = batch[..., top : top + height, left : left + width]
+    resized = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)
 
 
 def cut_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:

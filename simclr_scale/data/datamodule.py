@@ -3,13 +3,16 @@
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Preset, resolve
 from simclr_scale.data.memory import load_pixels
+from simclr_scale.data.reading import first_readable
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
+from simclr_scale.data.waiting import TimedLoader, WaitClock
 from simclr_scale.data.workers import default_workers
 from simclr_scale.errors import InputError
 
@@ -34,6 +37,8 @@ class SimCLRDataModule(pl.LightningDataModule):
         color_ops: whose colour operations, "torchvision" or "google"; None: the preset's.
         crop_sampling: whose distribution of crops, "torchvision" or "google"; None: the preset's.
         augmentation: single fields of the augmentation that differ from the preset.
+        max_bad_fraction: share of the training images that may be unreadable. Up to then another image stands in for
+            each, beyond it training stops.
         in_memory: decode the whole set once; None does so for images of one size up to 96 px.
         seed: of the order, the draws, a seeded split and generated data; the command line's own seed by default.
     """
@@ -54,6 +59,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         color_ops: ColorOps | None = None,
         crop_sampling: CropSampling | None = None,
         augmentation: Overrides | None = None,
+        max_bad_fraction: float = 0.01,
         in_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -65,11 +71,17 @@ class SimCLRDataModule(pl.LightningDataModule):
         for name, value, least in (("seed", seed, 0), ("num_workers", num_workers, 0), ("image_size", image_size, 1)):
             if value is not None and value < least:
                 raise InputError(f"data.{name} must be {least} or above, got {value}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise InputError(f"data.max_bad_fraction is a share of the images, 0 to 1, got {max_bad_fraction}")
         self.source, self.root = source, root
         self.train_split, self.test_split = train_split, test_split
         self.image_key, self.label_key = image_key, label_key
         self.global_batch_size, self.num_workers, self.in_memory = global_batch_size, num_workers, in_memory
         self.requested_image_size, self.seed = image_size, seed
+        self.max_bad_fraction = max_bad_fraction
+        self.unreadable: dict[int, str] = {}  # the training images that this rank met and could not read, with reasons
+        self.unreadable_held_out: dict[int, str] = {}  # likewise held-out images; whoever reads them tells
+        self.wait_clock = WaitClock()
         self.train_source: Source | None = None
         self.test_source: Source | None = None
         self._dataset: ViewsDataset | None = None
@@ -79,17 +91,27 @@ class SimCLRDataModule(pl.LightningDataModule):
         """Opens the source and checks the batch against it, before anything is trained or written."""
         self._restored = None
         if self.train_source is None:
-            self.train_source = self._open("train")
+            self.train_source = self.open_part("train")
             has_labels = (self.train_source.labels >= 0).any()
-            self.test_source = self._open("test") if has_labels else None
-            self.image_size = self.requested_image_size or _natural_size(self.train_source)
+            self.test_source = self.open_part("test") if has_labels else None
+            self.image_size = self.size_of_views(self.train_source)
         # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
         self._sampler = self._make_sampler(len(self.train_source))
         if self._dataset is None:
-            pixels = load_pixels(self.train_source, self.in_memory)
-            self._dataset = ViewsDataset(self.train_source, self.augmentation, self.image_size, self.seed, pixels)
+            pixels = load_pixels(self.train_source, self.in_memory, self.unreadable)
+            self._dataset = self.views_of(self.train_source, pixels)
 
-    def _open(self, split: Literal["train", "test"]) -> Source:
+    def views_of(self, source: Source, pixels: Tensor | None = None) -> ViewsDataset:
+        """The batches of views of a source, whose images may be in memory."""
+        size = self.size_of_views(source)
+        return ViewsDataset(source, self.augmentation, size, self.seed, pixels, self.unreadable)
+
+    def size_of_views(self, source: Source) -> int:
+        """Side of the views in pixels: what was asked for, else by the images."""
+        return self.requested_image_size or _natural_size(source)
+
+    def open_part(self, split: Literal["train", "test"]) -> Source:
+        """One part of the data set, as the settings name it."""
         return open_source(
             self.source,
             root=self.root,
@@ -139,14 +161,17 @@ class SimCLRDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self._dataset is not None, "Lightning calls setup first"
         workers = self.worker_count()
-        return DataLoader(
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        loader = TimedLoader(
             self._dataset,
             batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=keep,
             persistent_workers=workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=device is not None and device.type == "cuda",
         )
+        loader.clock = self.wait_clock = WaitClock(device)
+        return loader
 
     def worker_count(self) -> int:
         """Processes that decode images on this rank."""
@@ -158,10 +183,11 @@ class SimCLRDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "draws" in batch:
+            self.unreadable.update(batch.get("unreadable", ()))
             return finish_views(batch, self.augmentation, self.image_size)
         return batch
 
 
 def _natural_size(source: Source) -> int:
-    shortest = min(source.image(0).size)
+    shortest = min(first_readable(source).shape[-2:])
     return shortest if shortest <= _SMALL_IMAGE else _PHOTOGRAPH

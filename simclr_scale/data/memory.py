@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from simclr_scale.data.reading import first_readable, read_tensor
 from simclr_scale.data.sources import Source
 from simclr_scale.errors import InputError
 
@@ -11,26 +11,36 @@ _LARGEST_SIDE = 96
 _LARGEST_BYTES = 2 << 30
 
 
-def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
+def load_pixels(source: Source, wanted: bool | None = None, unreadable: dict[int, str] | None = None) -> Tensor | None:
     """All images as (N, C, H, W) uint8, or None where they are too large or not of one size.
 
     Args:
         wanted: True loads images of any one size, False none, None only small ones.
+        unreadable: is told of images that cannot be read, by index and with the reason; they are black in the result.
+            None: the first of them is an error.
 
     Raises:
-        InputError: ``wanted`` is True and the images are of several sizes.
+        InputError: ``wanted`` is True and the images are of several sizes; or an image cannot be read.
     """
     if wanted is False:
         return None
     pixels = getattr(source, "pixels", None)
     if pixels is not None:
         return pixels
-    first = pil_to_tensor(source.image(0))
+    first = first_readable(source)
     if not wanted and (max(first.shape[-2:]) > _LARGEST_SIDE or first.numel() * len(source) > _LARGEST_BYTES):
         return None
     pixels = torch.empty((len(source), *first.shape), dtype=torch.uint8)
+    found: dict[int, str] = {}
     for index in range(len(source)):
-        image = pil_to_tensor(source.image(index))
+        try:
+            image = read_tensor(source, index)
+        except InputError as error:
+            if unreadable is None:
+                raise
+            found[index] = str(error)
+            pixels[index] = 0
+            continue
         if image.shape != first.shape:
             if wanted:
                 raise InputError(
@@ -39,6 +49,8 @@ def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
                 )
             return None
         pixels[index] = image
+    if unreadable is not None:
+        unreadable.update(found)
     return pixels
 
 

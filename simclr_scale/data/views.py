@@ -1,22 +1,27 @@
 """From images to the two augmented views: what a worker does, and what the device does."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from simclr_scale.data.augmentation import Augmentation
 from simclr_scale.data.color import augment_colors
 from simclr_scale.data.crops import cut, cut_batch
 from simclr_scale.data.draws import BOX, VIEWS, draw_views
+from simclr_scale.data.reading import Unreadable, read_or_replace, readable_instead
 from simclr_scale.data.sampler import Key
 from simclr_scale.data.sources import Source
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+
+# Draws are cheap by the dozen, and decoded photographs large.
+_MOST_IMAGES_AT_ONCE = 16
+_MOST_BYTES_AT_ONCE = 64 << 20
 
 
 class ViewsDataset(Dataset[Batch]):
@@ -24,19 +29,28 @@ class ViewsDataset(Dataset[Batch]):
 
     A batch is asked for as a list of :class:`Key`, so that workers need no state of their own, and comes as
 
-    - ``views`` (B, 2, C, H, W) uint8, cut here; or, where the data set is in memory, ``images`` (B, C, H, W) uint8,
-      cut later on the device;
-    - ``draws`` (B, 2, P) float32, ``label`` (B,) int64 (-1: none), ``index`` (B,) int64.
+    - ``views`` (B, 2, C, H, W) uint8, cut here, the channels of a pixel side by side in memory; or, where the data set
+      is in memory, ``images`` (B, C, H, W) uint8, cut later on the device;
+    - ``draws`` (B, 2, P) float32, ``label`` (B,) int64 (-1: none), ``index`` (B,) int64;
+    - ``unreadable``, only where there are such: a list of (index, reason). Another image stands in the place of each,
+      with its own label, but with the index and the draws of the one that it replaces.
 
     Args:
         pixels: (N, C, H, W) uint8, all images of the source in memory, or None.
+        unreadable: those among ``pixels`` that could not be read.
     """
 
     def __init__(
-        self, source: Source, augmentation: Augmentation, image_size: int, seed: int, pixels: Tensor | None = None
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        image_size: int,
+        seed: int,
+        pixels: Tensor | None = None,
+        unreadable: Collection[int] = (),
     ) -> None:
         self.source, self.augmentation, self.image_size, self.seed = source, augmentation, image_size, seed
-        self.pixels = pixels
+        self.pixels, self.unreadable = pixels, frozenset(unreadable)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -47,19 +61,62 @@ class ViewsDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         epoch = keys[0].epoch
         indices = np.array([key.image for key in keys])
-        batch = {"index": torch.from_numpy(indices), "label": torch.from_numpy(self.source.labels[indices])}
         if self.pixels is not None:
-            sizes = np.array(self.pixels.shape[-2:])
-            draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes)
-            return batch | {"images": self.pixels[batch["index"]], "draws": torch.from_numpy(draws)}
-        # One image at a time: decoded photographs are large, their crops small.
-        all_draws, all_views = [], []
-        for index in indices:
-            image = pil_to_tensor(self.source.image(int(index)))
-            draws = draw_views(self.augmentation, self.seed, epoch, [index], np.array(image.shape[-2:]))[0]
-            all_views.append(torch.stack([cut(image, draws[view, BOX], self.image_size) for view in range(VIEWS)]))
-            all_draws.append(torch.from_numpy(draws))
-        return batch | {"views": torch.stack(all_views), "draws": torch.stack(all_draws)}
+            return self._from_memory(self.pixels, epoch, indices)
+        views: Tensor | None = None
+        shown, all_draws, unreadable = indices.copy(), [], []
+        images: list[Tensor] = []
+        for row, index in enumerate(indices):
+            image, shown[row], bad = read_or_replace(self.source, self.seed, epoch, int(index))
+            images.append(image)
+            unreadable += bad
+            enough = len(images) == _MOST_IMAGES_AT_ONCE or sum(map(Tensor.numel, images)) > _MOST_BYTES_AT_ONCE
+            if not enough and row + 1 < len(indices):
+                continue
+            if views is None:
+                views = _empty_views(len(indices), image, self.image_size)
+            first = row + 1 - len(images)
+            all_draws.append(self._cut(images, epoch, indices[first : row + 1], views[first : row + 1]))
+            images.clear()
+        batch = self._batch(indices, shown, np.concatenate(all_draws), unreadable)
+        return batch | {"views": views}
+
+    def _cut(self, images: list[Tensor], epoch: int, indices: NDArray[np.int64], views: Tensor) -> NDArray[np.float32]:
+        """Writes the crops of some images and returns their draws."""
+        sizes = np.array([image.shape[-2:] for image in images])
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes)
+        for image, its_draws, its_views in zip(images, draws, views, strict=True):
+            for view in range(VIEWS):
+                its_views[view] = cut(image, its_draws[view, BOX], self.image_size)
+        return draws
+
+    def _from_memory(self, pixels: Tensor, epoch: int, indices: NDArray[np.int64]) -> Batch:
+        shown = indices
+        if self.unreadable:
+            count = len(self.source)
+            shown = np.array([readable_instead(self.unreadable, self.seed, epoch, int(i), count) for i in indices])
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, np.array(pixels.shape[-2:]))
+        return self._batch(indices, shown, draws, []) | {"images": pixels[torch.from_numpy(shown)]}
+
+    def _batch(
+        self,
+        indices: NDArray[np.int64],
+        shown: NDArray[np.int64],
+        draws: NDArray[np.float32],
+        unreadable: list[Unreadable],
+    ) -> Batch:
+        batch: Batch = {
+            "index": torch.from_numpy(indices),
+            "label": torch.from_numpy(self.source.labels[shown]),
+            "draws": torch.from_numpy(draws),
+        }
+        return batch | {"unreadable": unreadable} if unreadable else batch
+
+
+def _empty_views(count: int, image: Tensor, size: int) -> Tensor:
+    """Uninitialised (B, 2, C, size, size), the channels of a pixel side by side as the resize writes them."""
+    shape = (count, VIEWS, size, size, image.shape[0])
+    return torch.empty(shape, dtype=image.dtype).movedim(-1, 2)
 
 
 def keep(batch: Any) -> Any:

@@ -1,11 +1,51 @@
-"""How many processes may decode images."""
+"""The processes that decode images: how many there may be, and what it means when one is killed."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from simclr_scale.errors import RunFailed
 
 _MOST = 8
+
+# What torch says of a worker that is gone (torch/csrc/DataLoader.cpp and torch/utils/data/dataloader.py).
+_GONE = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) "
+    r"(?:is killed by signal: (?P<signal>[^.]+)|exited unexpectedly(?: with exit code (?P<code>-?\d+))?)"
+)
 
 
 def default_workers(processes_beside: int = 1) -> int:
     """One for each core this process may use, shared with the other ranks on the machine, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MOST, cores // processes_beside))
+
+
+@contextmanager
+def killed_workers_explained(afterwards: str = "") -> Iterator[None]:
+    """Says in one line that a process which reads images was killed, where torch raises an error of many.
+
+    Args:
+        afterwards: what to do then, after the advice.
+
+    Raises:
+        RunFailed: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gone = _GONE.search(str(error))
+        if gone is None:
+            raise
+        how = f"was killed by the system (signal: {gone['signal'].strip()})" if gone["signal"] else "is gone"
+        if gone["code"]:
+            how = f"ended with exit code {gone['code']}"
+        if gone["signal"] and "bus" in gone["signal"].lower():
+            advice = "the shared memory is full: give the machine or container more (--shm-size), or use fewer of them"
+        else:
+            advice = "most likely the memory did not suffice: use fewer of them"
+        raise RunFailed(
+            f"a process that reads images (pid {gone['pids'].strip()}) {how}; {advice} (--data.num_workers), "
+            f"or smaller batches or images{afterwards}"
+        ) from None

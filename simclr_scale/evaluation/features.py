@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from simclr_scale.data.sources import Source
 from simclr_scale.distributed import all_gather, require_equal_across_ranks, world
@@ -21,7 +21,8 @@ Transform = Callable[[Image.Image], torch.Tensor]
 class ImageDataset(Dataset[dict[str, Any]]):
     """The images of a source under a transform: {"image": (C, H, W), "label": int, "index": int}.
 
-    A label of -1 marks an image without one.
+    A label of -1 marks an image without one. Of an image that cannot be read there is {"index": int, "unreadable":
+    str}, the reason.
     """
 
     def __init__(self, source: Source, transform: Transform) -> None:
@@ -32,11 +33,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "image": self.transform(self.source.image(index)),
-            "label": int(self.source.labels[index]),
-            "index": index,
-        }
+        try:
+            image = self.source.image(index)
+        except InputError as error:
+            return {"index": index, "unreadable": str(error)}
+        return {"image": self.transform(image), "label": int(self.source.labels[index]), "index": index}
 
 
 def image_loader(
@@ -49,12 +50,27 @@ def image_loader(
 ) -> DataLoader[dict[str, Any]]:
     """Batches of the images of `source`, each image once and in order; `indices` chooses some of them.
 
-    Yields {"image": (B, C, H, W), "label": (B,) int64, "index": (B,) int64}, the index being that in `source`.
+    Yields {"image": (B, C, H, W), "label": (B,) int64, "index": (B,) int64}, the index being that in `source`. Images
+    that cannot be read are missing there; "unreadable": [(index, reason), ...] then names them.
     """
     images: Dataset[dict[str, Any]] = ImageDataset(source, transform)
     if indices is not None:
         images = Subset(images, indices)
-    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate_readable,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _collate_readable(items: list[dict[str, Any]]) -> dict[str, Any]:
+    readable = [item for item in items if "unreadable" not in item]
+    none = {"image": torch.empty(0), "label": torch.empty(0, dtype=torch.int64), "index": torch.empty(0)}
+    batch = default_collate(readable) if readable else none
+    unreadable = [(item["index"], item["unreadable"]) for item in items if "unreadable" in item]
+    return batch | {"unreadable": unreadable} if unreadable else batch
 
 
 def extract_features(
@@ -63,6 +79,7 @@ def extract_features(
     *,
     device: torch.device | str | None = None,
     progress: Callable[[int], object] | None = None,
+    unreadable: dict[int, str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features of every image of `loader`, in the order of the index, by the encoder in evaluation mode.
 
@@ -74,24 +91,39 @@ def extract_features(
         device: where the encoder runs; None for where it is. Precision is the encoder's own, or that of the autocast
             the caller has on.
         progress: is told how many images are done, after each batch.
+        unreadable: is told of images of `image_loader` that cannot be read, by index and with the reason; they are
+            missing in the result. None: the first of them is an error.
 
     Returns:
         Features (N, D) float32, labels (N,) int64 and indices (N,) int64, on the CPU.
 
     Raises:
-        InputError: the loader is empty or yields something else; the encoder's output is not (B, D) or not finite.
+        InputError: the loader is empty or yields something else; an image cannot be read; the encoder's output is not
+            (B, D) or not finite.
     """
     features, labels, indices = [], [], []
     done = 0
+    left_out: dict[int, str] = {}
     with _evaluating(encoder, device) as there, torch.inference_mode():
         for batch in loader:
+            if isinstance(batch, Mapping):
+                left_out.update(batch.get("unreadable", ()))
+            if left_out and unreadable is None:
+                raise InputError(next(iter(left_out.values())))
             images, batch_labels, batch_indices = _unpack(batch, first_index=done)
+            if not len(images):
+                continue
             features.append(_checked(encoder(images.to(there, non_blocking=True)), batch_indices))
             labels.append(batch_labels.long().cpu())
             indices.append(batch_indices.long().cpu())
             done += len(images)
             if progress:
                 progress(done)
+    if left_out and unreadable is not None:
+        unreadable.update(left_out)
+    if not done and left_out:
+        reason = next(iter(left_out.values()))
+        raise InputError(f"none of the {len(left_out):,} images can be read; the first: {reason}")
     if not done:
         raise InputError("the loader yields no images")
     # Outside inference mode, so that the caller may train on the result.

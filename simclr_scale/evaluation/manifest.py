@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,22 +34,25 @@ class DatasetRecord:
     split: str
     fingerprint: str
     images: int
-    """Images used: those with a label."""
+    """Images used: those with a label that can be read."""
     unlabelled: int
     """Images of the split left out for want of a label."""
     classes: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+    """Labelled images left out because they cannot be read: where each is, and why."""
 
     @classmethod
-    def of(cls, source: Source) -> "DatasetRecord":
-        """The labelled images of `source`."""
+    def of(cls, source: Source, unreadable: Mapping[int, str] = MappingProxyType({})) -> "DatasetRecord":
+        """The labelled images of `source` but the unreadable ones, given by index with the reason."""
         labelled = int((source.labels >= 0).sum())
         return cls(
             name=source.name,
             split=source.split_description,
             fingerprint=source.fingerprint(),
-            images=labelled,
+            images=labelled - len(unreadable),
             unlabelled=len(source) - labelled,
             classes=tuple(source.classes),
+            unreadable=tuple(unreadable[index] for index in sorted(unreadable)),
         )
 
 

@@ -1,7 +1,7 @@
 """Whole evaluations on a frozen encoder: from the encoder and two sources to a manifest."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def evaluate_knn(
     """
     check_knn_settings(k, temperature)
     pair = _LabelledPair.of(train_source, test_source)
-    train, test = pair.features(encoder, transform, batch_size, num_workers, device)
+    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device)
     with show_progress("nearest neighbours", len(test), "images") as progress:
         predictions = knn_classify(train, pair.train_labels, test, k=k, temperature=temperature, progress=progress)
     return pair.manifest(
@@ -91,7 +91,7 @@ def evaluate_linear(
     """
     check_linear_settings(l2, l2_values, validation_fraction, max_iterations)
     pair = _LabelledPair.of(train_source, test_source)
-    train, test = pair.features(encoder, transform, batch_size, num_workers, device)
+    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device)
     with show_progress("logistic regression", len(l2_values) + 1 if l2 is None else 1, "fits") as progress:
         probe = linear_probe(
             train,
@@ -133,6 +133,8 @@ class _LabelledPair:
     train_labels: np.ndarray
     test_labels: np.ndarray
     warnings: tuple[str, ...]
+    train_unreadable: Mapping[int, str] = field(default_factory=dict)
+    test_unreadable: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, train_source: Source, test_source: Source) -> "_LabelledPair":
@@ -169,17 +171,35 @@ class _LabelledPair:
         batch_size: int,
         num_workers: int,
         device: torch.device | str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, D) of the training images and (M, D) of the test images, in the order of the labels."""
+    ) -> tuple["_LabelledPair", torch.Tensor, torch.Tensor]:
+        """The pair of images that can be read, (N, D) of the training and (M, D) of the test images, as its labels."""
 
-        def of(source: Source, indices: np.ndarray, part: str) -> torch.Tensor:
+        def of(source: Source, indices: np.ndarray, part: str) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
+            unreadable: dict[int, str] = {}
             loader = image_loader(
                 source, transform, batch_size=batch_size, num_workers=num_workers, indices=indices.tolist()
             )
             with show_progress(f"features, {part}", len(indices), "images") as progress:
-                return extract_features(encoder, loader, device=device, progress=progress)[0]
+                features, _, read = extract_features(
+                    encoder, loader, device=device, progress=progress, unreadable=unreadable
+                )
+            return features, np.isin(indices, read.numpy()), unreadable
 
-        return of(self.train_source, self.train_indices, "train"), of(self.test_source, self.test_indices, "test")
+        train, train_read, train_unreadable = of(self.train_source, self.train_indices, "train")
+        test, test_read, test_unreadable = of(self.test_source, self.test_indices, "test")
+        readable = replace(
+            self,
+            train_indices=self.train_indices[train_read],
+            test_indices=self.test_indices[test_read],
+            train_labels=self.train_labels[train_read],
+            test_labels=self.test_labels[test_read],
+            warnings=self.warnings
+            + _left_out(train_unreadable, len(train_read), "training")
+            + _left_out(test_unreadable, len(test_read), "test"),
+            train_unreadable=train_unreadable,
+            test_unreadable=test_unreadable,
+        )
+        return readable, train, test
 
     def manifest(
         self,
@@ -197,14 +217,21 @@ class _LabelledPair:
             task=task,
             metric="top1",
             values=(value,),
-            train=DatasetRecord.of(self.train_source),
-            test=DatasetRecord.of(self.test_source),
+            train=DatasetRecord.of(self.train_source, self.train_unreadable),
+            test=DatasetRecord.of(self.test_source, self.test_unreadable),
             label_selection=label_selection,
             encoder=encoder,
             settings=settings,
             details=details,
             warnings=self.warnings + warnings,
         )
+
+
+def _left_out(unreadable: Mapping[int, str], images: int, part: str) -> tuple[str, ...]:
+    if not unreadable:
+        return ()
+    first = unreadable[min(unreadable)]
+    return (f"{len(unreadable):,} of {images:,} {part} images cannot be read and are left out; the first: {first}",)
 
 
 def _labelled(source: Source, part: str) -> np.ndarray:

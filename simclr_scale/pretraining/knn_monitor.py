@@ -52,6 +52,7 @@ class KNNMonitor(pl.Callback):
         self.every_n_epochs, self.k, self.temperature = every_n_epochs, k, temperature
         self.max_train_images, self.batch_size = max_train_images, batch_size
         self.untrained: float | None = None
+        self.left_out = 0  # images of the last score that cannot be read
         self._trained: tuple[int, float] | None = None  # the step it was measured after, and the value
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,14 +98,20 @@ class KNNMonitor(pl.Callback):
         device = trainer.strategy.root_device
         parts = []
         ranks = world()
-        for source, limit in ((data.train_source, self.max_train_images), (data.test_source, None)):
+        left_out = 0
+        for source, limit, unreadable in (
+            (data.train_source, self.max_train_images, data.unreadable),
+            (data.test_source, None, data.unreadable_held_out),
+        ):
             indices = labelled_images(source, limit)[ranks.rank :: ranks.size]
             loader = image_loader(
                 source, transform, batch_size=self.batch_size, indices=indices, num_workers=data.worker_count()
             )
             with torch.autocast(device.type, enabled=False):
-                features, labels, rows = extract_features(encoder, loader, device=device)
+                features, labels, rows = extract_features(encoder, loader, device=device, unreadable=unreadable)
             parts.append(gather_features(features, labels, rows)[:2])
+            left_out += len(labelled_images(source, limit)) - len(parts[-1][1])
+        self.left_out = left_out
         (train, train_labels), (test, test_labels) = parts
         return top1(knn_classify(train, train_labels, test, self.k, self.temperature), test_labels)
 

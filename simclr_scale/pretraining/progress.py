@@ -13,7 +13,7 @@ _LINE_EVERY_SECONDS = 15.0
 
 
 class RunProgress(ProgressBar):
-    """Epoch, loss, contrastive accuracy, kNN, images a second and time left."""
+    """Epoch, loss, contrastive accuracy, kNN, share of time waiting for data, images a second and time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -75,6 +75,8 @@ class RunProgress(ProgressBar):
         for key, label in {"loss": "loss", "contrastive_accuracy": "accuracy", "knn_top1": "kNN"}.items():
             if key in metrics:
                 parts.append(f"{label} {float(metrics[key]):.3f}")
+        if "data_wait" in metrics:
+            parts.append(f"data wait {float(metrics['data_wait']):.0%}")
         if rate > 0:
             left = round((self._total - trainer.global_step) / rate)
             parts.append(f"{rate * self._batch:,.0f} images/s")

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from rich import box
@@ -15,16 +15,23 @@ from rich.table import Table
 from simclr_scale import __version__
 from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
+from simclr_scale.pretraining.bad_files import BadFiles
+from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
 
 CONFIG = "config.yaml"
+_Callback = TypeVar("_Callback", bound=pl.Callback)
 _LABELS = {
     "raw_pixels": "raw pixels (16 px)",
     "color_histogram": "colour histogram",
     "untrained": "untrained encoder",
     "trained": "trained encoder",
 }
+
+
+def _callback(trainer: Any, kind: type[_Callback]) -> _Callback | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
 class RunFolder(pl.Callback):
@@ -70,7 +77,7 @@ class RunFolder(pl.Callback):
                 logger.continue_from(trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        monitor = next((callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)), None)  # type: ignore[attr-defined]
+        monitor = _callback(trainer, KNNMonitor)
         scores = monitor.scores(trainer, pl_module) if monitor is not None else {}
         if not trainer.is_global_zero:
             return
@@ -96,6 +103,10 @@ class RunFolder(pl.Callback):
             "seconds": round(self._seconds(), 1),
             "version": __version__,
         }
+        if (bad_files := _callback(trainer, BadFiles)) is not None:
+            facts["unreadable_images"] = len(bad_files.unreadable)
+        if (data_wait := _callback(trainer, DataWait)) is not None and data_wait.share is not None:
+            facts["data_wait"] = round(data_wait.share, 4)
         if scores and monitor is not None:
             facts["knn_top1"] = {name: round(value, 4) for name, value in scores.items()}
             facts["knn"] = {
@@ -105,6 +116,8 @@ class RunFolder(pl.Callback):
                 "test_images": len(labelled_images(data.test_source)),
                 "test_split": data.test_source.split_description,
             }
+            if monitor.left_out:
+                facts["knn"]["unreadable_images"] = monitor.left_out
         return facts
 
     def _replace_encoder(self, pl_module: Any, facts: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from simclr_scale.data.workers import default_workers
+from simclr_scale.data.workers import default_workers, killed_workers_explained
+from simclr_scale.errors import RunFailed
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,25 @@ def test_machines_without_affinity(monkeypatch: pytest.MonkeyPatch, cores: int |
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("DataLoader worker (pid 17) is killed by signal: Killed. ", r"\(pid 17\) was killed .*signal: Killed.*memory"),
+        ("DataLoader worker (pid 17) is killed by signal: Bus error. It is possible that", "shared memory is full"),
+        ("DataLoader worker (pid(s) 17, 18) exited unexpectedly", r"\(pid 17, 18\) is gone"),
+        ("DataLoader worker (pid 17) exited unexpectedly with exit code 1. Details are", "ended with exit code 1"),
+    ],
+)
+def test_what_torch_says_of_a_worker_that_is_gone_becomes_a_line(message: str, says: str) -> None:
+    with pytest.raises(RunFailed, match=says) as caught, killed_workers_explained("; then rest"):
+        raise RuntimeError(message)
+    assert "--data.num_workers" in str(caught.value)
+    assert str(caught.value).endswith("; then rest")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), killed_workers_explained():
+        raise RuntimeError("size mismatch")

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends as the run without a stop: bit for bit, and row for row."""
 
+import csv
 import json
 import os
 import shutil
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from simclr_scale import load_encoder
 from simclr_scale.pretraining.checkpointing import checkpoints
+from tests.data.damaged import damage
 from tests.pretraining.runs import (
     QUIET,
     STEPS_AN_EPOCH,
@@ -25,6 +29,7 @@ from tests.pretraining.runs import (
     differences,
     last_checkpoint,
     pretrain,
+    write_classes,
 )
 
 pytestmark = QUIET
@@ -34,7 +39,17 @@ VIT = (
     *("--model.encoder.patch_size", "8", "--model.encoder.drop_path_rate", "0.5", "--model.encoder.drop_rate", "0.1"),
 )
 ADAMW = ("--model.optimizer", "torch.optim.AdamW", "--model.learning_rate", "0.01")
+FROM_FILES = ("--data.in_memory", "false")
 MID_EPOCH = ("--checkpoint.every_n_steps", "4")
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, to the last digit, but for the one column that is a matter of time."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("data_wait")
+    return rows
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -43,10 +58,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     for checkpoint in (before, after):
         assert checkpoint["callbacks"]["RunFolder"].pop("seconds") > 0
     assert differences(before, after) == []
-    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+    assert metrics(a) == metrics(b)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
     for summary in summaries:
         summary.pop("seconds")
+        assert 0 <= summary.pop("data_wait") <= 1
     assert summaries[0] == summaries[1]
     assert differences(load_encoder(a)[0].state_dict(), load_encoder(b)[0].state_dict()) == []
 
@@ -67,6 +83,9 @@ def assert_same_run(a: Path, b: Path) -> None:
         pytest.param(3, 9, 8, (*MID_EPOCH, "--model.chunk_size", "6", "--model.channels_last", "true"), id="chunks"),
         pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "1"), id="mid-epoch, a worker"),
         pytest.param(3, 6, 5, ("--data.num_workers", "1"), id="epoch end, a worker"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "2"), id="mid-epoch, two workers"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "0"), id="mid-epoch, from files"),
+        pytest.param(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "2"), id="mid-epoch, files, two workers"),
         pytest.param(2, 3, 0, (), id="before the first checkpoint"),
     ],
 )
@@ -83,6 +102,70 @@ def test_ends_as_the_unbroken_run(
     pretrain(command("broken", "--resume", "auto"), seen)
     assert seen.steps == list(range(resumes_at, epochs * STEPS_AN_EPOCH))
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+class ImagesSeen(pl.Callback):
+    """Records which images each step was given, of which labels, and the loss."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, tuple[list[int], list[int]]] = {}
+        self.losses: dict[int, float] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *args: Any) -> None:
+        self.steps[trainer.global_step] = batch["index"].tolist(), batch["label"].tolist()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.losses[trainer.global_step - 1] = outputs["loss"].item()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((*FROM_FILES, "--data.num_workers", "0"), id="no workers"),
+        pytest.param((*FROM_FILES, "--data.num_workers", "2"), id="two workers"),
+        pytest.param((), id="in memory"),
+    ],
+)
+def test_each_remaining_image_once_with_bad_files_among_them(tmp_path: Path, options: tuple[str, ...]) -> None:
+    images = write_classes(tmp_path / "images")
+    for name, harm in {"class0/3": "truncated", "class1/0": "empty", "class2/13": "foreign"}.items():
+        damage(images / "train" / f"{name}.png", harm)
+    damage(images / "test" / "class1" / "2.png", "truncated")
+
+    def command(name: str) -> list[str]:
+        more = ("--trainer.max_epochs", "3", "--data.max_bad_fraction", "0.1", *MID_EPOCH, *options)
+        return [*arguments(images, tmp_path, name, *more), "--resume", "auto"]
+
+    unbroken, before, after = ImagesSeen(), ImagesSeen(), ImagesSeen()
+    pretrain(command("unbroken"), unbroken)
+    with pytest.raises(Killed):
+        pretrain(command("broken"), before, KillAt(9))
+    named = (tmp_path / "broken" / "bad_files.txt").read_text()
+    pretrain(command("broken"), after)
+
+    assert list(after.steps) == list(range(8, 15))
+    rest_of_the_epoch = [index for step in (8, 9) for index in after.steps[step][0]]
+    done = [index for step in (5, 6, 7) for index in before.steps[step][0]]
+    assert len({*done, *rest_of_the_epoch}) == len(done) + len(rest_of_the_epoch) == STEPS_AN_EPOCH * 8
+    for step, shown in {**before.steps, **after.steps}.items():
+        assert shown == unbroken.steps[step]
+    for step, loss in {**before.losses, **after.losses}.items():
+        assert abs(loss - unbroken.losses[step]) <= 1e-6
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+    lines = {run: (tmp_path / run / "bad_files.txt").read_text() for run in ("unbroken", "broken")}
+    assert lines["broken"].startswith(named)
+    for text in lines.values():
+        paths = [line.partition("\t")[0] for line in text.splitlines()]
+        assert sorted(path.rpartition("images/")[2] for path in paths) == [
+            "test/class1/2.png",
+            "train/class0/3.png",
+            "train/class1/0.png",
+            "train/class2/13.png",
+        ]
+    summary = json.loads((tmp_path / "broken" / "summary.json").read_text())
+    assert summary["unreadable_images"] == 3
+    assert summary["knn"]["unreadable_images"] == 4
 
 
 def test_twice(images: Path, tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ class Source(Protocol):
         """Where the image is, for messages: a path or a row."""
 
 
+def encoded_image(source: Source, index: int) -> bytes | None:
+    """The file as `source` stores it; None where it stores none. Raises InputError naming what cannot be read."""
+    read = getattr(source, "encoded", None)
+    return None if read is None else read(index)
+
+
 class SubsetSource:
     """The images of `source` at `indices` (in that order, each in 0..N-1), as a source of its own."""
 
@@ -60,6 +66,9 @@ class SubsetSource:
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self.indices[index]))
+
+    def encoded(self, index: int) -> bytes | None:
+        return encoded_image(self._source, int(self.indices[index]))
 
 
 def held_out_part(source: Source, split: str, seed: int) -> Source:
@@ -107,6 +116,15 @@ def file_size(path: str) -> int:
     """Bytes. Raises InputError if the file has gone."""
     try:
         return os.stat(path).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_file(path: str) -> bytes:
+    """The whole file. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from simclr_scale.data.sources.base import Source, digest, file_size
+from simclr_scale.data.sources.base import Source, digest, file_size, read_file
 from simclr_scale.data.sources.decoding import decode_rgb
 from simclr_scale.data.sources.named_splits import SplitRequest, has_train_and_test, is_train_name
 from simclr_scale.errors import InputError
@@ -45,6 +45,9 @@ class FolderSource:
     def fingerprint(self) -> str:
         """Over relative path, size and class of every file; their content is not read."""
         return digest(part for index in range(len(self)) for part in self._identity(index))
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.describe(index))
 
     def describe(self, index: int) -> str:
         return os.path.join(self._root, self._files[index])

@@ -1,14 +1,16 @@
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from simclr_scale.data.sources.decoding import decode_rgb, to_rgb
+from simclr_scale.data.sources.decoding import decode_rgb, decode_tensor, to_rgb
 from simclr_scale.errors import InputError
 from tests.data.sources.images import pixels
 
@@ -150,3 +152,145 @@ def test_corrupted_files_never_raise_anything_else() -> None:
             except InputError:
                 refused += 1
     assert 0 < refused < 1500
+
+
+# The faster way to a tensor.
+
+
+def as_array(data: bytes) -> np.ndarray:
+    tensor = decode_tensor(data, "here")
+    assert tensor.dtype == torch.uint8
+    # The channels of a pixel side by side, for the resize.
+    assert tensor.stride()[0] == 1
+    return tensor.permute(1, 2, 0).numpy()
+
+
+def smooth(height: int = 57, width: int = 83) -> Image.Image:
+    return Image.fromarray(pixels(height=5, width=6)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"quality": 100, "subsampling": 0},
+        {"subsampling": 1},
+        {"restart_marker_rows": 1},
+        {"optimize": True, "quality": 20},
+    ],
+)
+def test_a_tensor_of_a_jpeg_is_pillows(mode: str, options: dict[str, Any]) -> None:
+    data = encoded(smooth().convert(mode), "JPEG", **options).getvalue()
+    expected = np.asarray(decode_rgb(io.BytesIO(data), "here")).astype(int)
+    assert np.abs(as_array(data) - expected).max() <= 2
+
+
+def test_a_tensor_of_a_jpeg_of_red_green_and_blue_is_pillows() -> None:
+    data = encoded(smooth(), "JPEG", keep_rgb=True, quality=95).getvalue()
+    assert np.abs(as_array(data) - np.asarray(decode_rgb(io.BytesIO(data), "here")).astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tensor_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth(), "JPEG", exif=exif).getvalue()
+    expected = np.asarray(decode_rgb(io.BytesIO(data), "here")).astype(int)
+    assert expected.shape == ((83, 57, 3) if orientation >= 5 else (57, 83, 3))
+    assert np.abs(as_array(data) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_tensors_of_other_formats_come_from_pillow(format: str) -> None:
+    data = encoded(smooth(), format).getvalue()
+    assert np.array_equal(as_array(data), np.asarray(decode_rgb(io.BytesIO(data), "here")))
+
+
+@pytest.mark.filterwarnings("error")
+def test_both_ways_refuse_the_same_damage() -> None:
+    """Cut off anywhere, or with bytes changed: what one takes, the other takes, with the same pixels."""
+    rng = np.random.default_rng(0)
+    refused = taken = 0
+    for options in ({}, {"progressive": True}):
+        sound = encoded(smooth(), "JPEG", **options).getvalue()
+        damaged = [sound[:length] for length in range(0, len(sound), len(sound) // 40)]
+        for _ in range(60):
+            changed = np.frombuffer(sound, np.uint8).copy()
+            changed[rng.integers(0, len(sound), 2)] = rng.integers(0, 256, 2)
+            damaged.append(changed.tobytes())
+        for data in damaged:
+            try:
+                expected = np.asarray(decode_rgb(io.BytesIO(data), "here")).astype(int)
+            except InputError as error:
+                refusals = [error]
+            else:
+                refusals = []
+            if refusals:
+                with pytest.raises(InputError) as caught:
+                    decode_tensor(data, "here")
+                assert str(caught.value) == str(refusals[0])
+                refused += 1
+            else:
+                assert np.abs(as_array(data) - expected).max() <= 2
+                taken += 1
+    assert refused > 60
+    assert taken > 60
+
+
+def test_real_photographs_decode_alike(real_data: Path) -> None:
+    files = sorted((real_data / "clothing" / "test").rglob("*.jpg"))[::20]
+    assert len(files) > 10
+    for file in files:
+        expected = np.asarray(decode_rgb(str(file), str(file))).astype(int)
+        assert np.abs(as_array(file.read_bytes()) - expected).max() <= 2
+
+
+# Hostile files.
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises pixels that are not there."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("protection", [89_478_485, None])
+def test_too_many_pixels_are_refused_by_the_header(protection: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another library has turned Pillow's own protection off, and never by decoding."""
+
+    def never(image: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", protection)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    data = bomb(14_000, 13_000)
+    for decode in (lambda: decode_rgb(io.BytesIO(data), "here"), lambda: decode_tensor(data, "here")):
+        with pytest.raises(
+            InputError, match=r"here: not a readable image .*(exceeds limit|more than 178,956,970 pixels)"
+        ):
+            decode()
+    with pytest.raises(AssertionError, match="decoded"):
+        decode_rgb(io.BytesIO(bomb(14_000, 12_000)), "here")
+
+
+def test_a_text_that_unpacks_to_gigabytes_is_refused() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "0" * (4 << 20), zip=True)
+    data = encoded(smooth(), "PNG", pnginfo=info).getvalue()
+    assert len(data) < 20_000
+    with pytest.raises(InputError, match=r"here: not a readable image \(.*too large"):
+        decode_rgb(io.BytesIO(data), "here")
+
+
+def test_postscript_is_not_interpreted() -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    for decode in (lambda: decode_rgb(io.BytesIO(eps), "here"), lambda: decode_tensor(eps, "here")):
+        with pytest.raises(InputError, match=r"^here: not a readable image \(no known image format\)$"):
+            decode()
