@@ -34,7 +34,7 @@ class TableSource:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        return decode_rgb(io.BytesIO(self._encoded(index)), self.describe(index))
+        return decode_rgb(io.BytesIO(self.encoded(index)), self.describe(index))
 
     def fingerprint(self) -> str:
         """Over labels, the length of every encoded image, and the bytes of all (of more than 1,024: evenly spaced)."""
@@ -43,13 +43,13 @@ class TableSource:
         column = self._table.column(self._image_column)
         encoded = column if column.type.num_fields == 0 else pc.struct_field(column, "bytes")
         lengths = pc.fill_null(pc.binary_length(encoded), 0).to_numpy().astype("<i8")
-        sample = (self._encoded(index) for index in sampled_rows(len(self)))
+        sample = (self.encoded(index) for index in sampled_rows(len(self)))
         return digest([label_bytes(self.labels, self.classes), lengths.tobytes(), *sample])
 
     def describe(self, index: int) -> str:
         return f"{self.name}, {self.split_description}, row {index}"
 
-    def _encoded(self, index: int) -> bytes:
+    def encoded(self, index: int) -> bytes:
         cell = self._table.column(self._image_column)[int(index)].as_py()
         if isinstance(cell, dict):
             if cell["bytes"] is None and cell.get("path"):
