@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 0
     ORDER = 1
     TEXTURE = 2
+    SUBSET = 3
 
 
 def generator(purpose: Purpose, seed: int, epoch: int, index: int) -> np.random.Generator:
