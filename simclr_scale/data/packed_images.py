@@ -48,11 +48,11 @@ def encode(image: Image.Image, size: int, quality: int, lossless: bool) -> tuple
     Raises:
         One of UNREADABLE.
     """
-    image = upright(image)
+    image.load()
     if image.mode.startswith("I"):
-        return _save(_resized_16_bit(image, size), "PNG")
-    if image.mode not in _GREY or image.has_transparency_data:
-        image = to_rgb(image)
+        return _save(_resized_16_bit(upright(image), size), "PNG")
+    grey = image.mode in _GREY and not image.has_transparency_data
+    image = upright(image) if grey else to_rgb(image)
     target = _target(image, size)
     if image.mode == "1":
         image = image.convert("L")

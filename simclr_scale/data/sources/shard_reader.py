@@ -35,10 +35,9 @@ class ShardReader:
             block = os.pread(self._file(shard), BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        if len(block) != BLOCK + size or block[_SIZE_FIELD].strip(b"\0 ").lstrip(b"0") != b"%o" % size:
-            raise InputError(
-                f"{path}: no image of {size} bytes at byte {offset}; the shard changed since it was opened"
-            )
+        written = block[_SIZE_FIELD].strip(b"\0 ").lstrip(b"0") or b"0"
+        if len(block) != BLOCK + size or written != b"%o" % size:
+            raise InputError(f"{path}: no image of {size} bytes at byte {offset}; the shard has changed")
         return block[BLOCK:]
 
     def _file(self, shard: int) -> int:
