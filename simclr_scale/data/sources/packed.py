@@ -125,9 +125,7 @@ def _check(index: Index, whole: bool) -> None:
         if whole and not os.path.isfile(path):
             raise InputError(f"{path}: missing, although {INDEX} lists it")
         if whole and os.path.getsize(path) != entry["bytes"]:
-            raise InputError(
-                f"{path}: {os.path.getsize(path)} bytes; {INDEX} says {entry['bytes']}; damaged or cut short"
-            )
+            raise InputError(f"{path}: damaged; {os.path.getsize(path)} bytes, {INDEX} says {entry['bytes']}")
         rows = slice(start, start + entry["images"])
         offsets, sizes = arrays["offsets"][rows], arrays["sizes"][rows]
         if not images_fit(offsets, sizes, entry["bytes"]):
