@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("pretrain", "main", "train an encoder without labels, from a recipe"),
+    "prepare": Command("prepare", "main", "pack a data set once, so that training reads it fast"),
     "knn": Command("evaluate", "knn", "score an encoder by its nearest neighbours"),
     "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),

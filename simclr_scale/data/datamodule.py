@@ -11,11 +11,13 @@ from simclr_scale.data.memory import load_pixels
 from simclr_scale.data.reading import first_readable
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
+from simclr_scale.data.subsets import check_subset, take_subset
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.waiting import TimedLoader, WaitClock
 from simclr_scale.data.workers import default_workers
 from simclr_scale.errors import InputError
 
+_FEW_IMAGES = 1000
 _SMALL_IMAGE = 64
 _PHOTOGRAPH = 224
 
@@ -24,12 +26,14 @@ class SimCLRDataModule(pl.LightningDataModule):
     """Two augmented views of every image, the same whatever the workers, ranks or restarts.
 
     Args:
-        source: a folder, ``torch/NAME``, ``hfds/PATH_OR_ID`` or ``textures``.
+        source: a folder, ``torch/NAME``, ``hfds/PATH_OR_ID``, ``wds/PATTERN`` or ``textures``.
         root: where ``torch/NAME`` finds its files.
         train_split: name of the split to train on; None finds it.
         test_split: name of the held-out split that the kNN score is measured on; None finds it.
-        image_key: column of images, where the source has columns; None finds it by type.
-        label_key: column of labels; None finds it by type.
+        image_key: column of images, where the source has columns, or their extension in shards; None finds it by type.
+        label_key: column of labels, or their extension or field in shards; None finds it by type.
+        subset: a part of the training images for a quick trial: a fraction, a count, or a file that lists names or
+            numbers, one a line; balanced over the classes and seeded, a smaller part within a larger.
         global_batch_size: images in a step over all ranks; a rank's share is this divided by the ranks.
         image_size: side of the views in pixels; None: the images' own where they are at most 64 px, else 224.
         num_workers: processes that decode and crop; None: none for data in memory, else one a core up to 8.
@@ -52,6 +56,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         test_split: str | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
+        subset: int | float | str | None = None,
         global_batch_size: int = 256,
         image_size: int | None = None,
         num_workers: int | None = None,
@@ -73,7 +78,8 @@ class SimCLRDataModule(pl.LightningDataModule):
                 raise InputError(f"data.{name} must be {least} or above, got {value}")
         if not 0 <= max_bad_fraction <= 1:
             raise InputError(f"data.max_bad_fraction is a share of the images, 0 to 1, got {max_bad_fraction}")
-        self.source, self.root = source, root
+        check_subset(subset)
+        self.source, self.root, self.subset = source, root, subset
         self.train_split, self.test_split = train_split, test_split
         self.image_key, self.label_key = image_key, label_key
         self.global_batch_size, self.num_workers, self.in_memory = global_batch_size, num_workers, in_memory
@@ -91,7 +97,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         """Opens the source and checks the batch against it, before anything is trained or written."""
         self._restored = None
         if self.train_source is None:
-            self.train_source = self.open_part("train")
+            self.train_source = take_subset(self.open_part("train"), self.subset, self.seed)
             has_labels = (self.train_source.labels >= 0).any()
             self.test_source = self.open_part("test") if has_labels else None
             self.image_size = self.size_of_views(self.train_source)
@@ -152,6 +158,24 @@ class SimCLRDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = Position(**state_dict)
+
+    def notes(self) -> list[str]:
+        """What a person should know of the data before training begins, a line each."""
+        assert self.train_source is not None, "Lightning calls setup first"
+        count, notes = len(self.train_source), []
+        if count < _FEW_IMAGES:
+            notes.append(
+                f"warning: {count:,} training images are few: features learned from them alone seldom beat those of "
+                "ImageNet weights; start from such weights (--model.init_from timm:resnet18, with a model.encoder they "
+                "fit), take a smaller batch, which gives more steps, and compare with knn --encoder timm:resnet18"
+            )
+        left_out = count - len(self._sampler) * self.global_batch_size
+        if left_out:
+            notes.append(
+                f"the last {left_out:,} of {count:,} images of each epoch's order, other ones every epoch, "
+                f"are left out: they do not fill a batch of {self.global_batch_size}"
+            )
+        return notes
 
     @property
     def num_classes(self) -> int:

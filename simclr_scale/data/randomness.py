@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     ORDER = 1
     TEXTURE = 2
     REPLACEMENT = 7
+    SUBSET = 3
 
 
 def generator(purpose: Purpose, seed: int, epoch: int, index: int) -> np.random.Generator:

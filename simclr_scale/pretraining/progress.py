@@ -8,6 +8,8 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from simclr_scale.data.datamodule import SimCLRDataModule
+
 _REFRESH_SECONDS = 0.5
 _LINE_EVERY_SECONDS = 15.0
 
@@ -38,6 +40,9 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
+        data = getattr(trainer, "datamodule", None)
+        for note in data.notes() if isinstance(data, SimCLRDataModule) else ():
+            self.say(note)
         self._total = int(trainer.estimated_stepping_batches)
         self._batch = pl_module.global_batch_size()
         self._shown = self._lined = time.monotonic()

@@ -15,7 +15,11 @@ HELD_OUT_TRAIN_FRACTION = 0.8
 
 
 class Source(Protocol):
-    """Images by index, with labels where they exist. Sources pickle, so that any worker can read them."""
+    """Images by index, with labels where they exist. Sources pickle, so that any worker can read them.
+
+    Sources of image files have two more methods, which `encoded_image` and `file_name` call: `encoded(index)`, the file
+    as it is stored, and `file_name(index)`, its path within the data set.
+    """
 
     name: str
     """The specification as the user typed it."""
@@ -44,6 +48,12 @@ def encoded_image(source: Source, index: int) -> bytes | None:
     return None if read is None else read(index)
 
 
+def file_name(source: Source, index: int) -> str:
+    """The image's path within its data set, with slashes, the same on every machine; empty where it has none."""
+    find = getattr(source, "file_name", None)
+    return "" if find is None else find(index)
+
+
 class SubsetSource:
     """The images of `source` at `indices` (in that order, each in 0..N-1), as a source of its own."""
 
@@ -70,6 +80,9 @@ class SubsetSource:
     def encoded(self, index: int) -> bytes | None:
         return encoded_image(self._source, int(self.indices[index]))
 
+    def file_name(self, index: int) -> str:
+        return file_name(self._source, int(self.indices[index]))
+
 
 def held_out_part(source: Source, split: str, seed: int) -> Source:
     """The train or test part of a data set that has no test split of its own.
@@ -79,23 +92,32 @@ def held_out_part(source: Source, split: str, seed: int) -> Source:
     Raises:
         InputError: there are no labels to hold out by, or a validation part is asked for.
     """
-    labelled = np.flatnonzero(source.labels >= 0)
+    indices = held_out_indices(source.labels, source.name, split, seed)
+    return source if indices is None else SubsetSource(source, indices, held_out_description(source, split, seed))
+
+
+def held_out_description(source: Source, split: str, seed: int) -> str:
+    return f"seeded 80/20 class-balanced split, seed {seed}, {split} part of {source.split_description}"
+
+
+def held_out_indices(labels: np.ndarray, name: str, split: str, seed: int) -> np.ndarray | None:
+    """Which of the images labelled so `held_out_part` takes; None for all of them."""
+    labelled = np.flatnonzero(labels >= 0)
     if split == "train" and not labelled.size:
-        return source
+        return None
     if not labelled.size:
         raise InputError(
-            f"{source.name}: has no labels, so there is no {split} part to evaluate on; "
+            f"{name}: has no labels, so there is no {split} part to evaluate on; "
             "labels come from at least two class folders or from a label column"
         )
     if split == "val":
-        raise InputError(f"{source.name}: has no validation split of its own; train and test can be had")
-    train, test = (labelled[part] for part in stratified_split(source.labels[labelled], HELD_OUT_TRAIN_FRACTION, seed))
-    description = f"seeded 80/20 class-balanced split, seed {seed}, {split} part of {source.split_description}"
+        raise InputError(f"{name}: has no validation split of its own; train and test can be had")
+    train, test = (labelled[part] for part in stratified_split(labels[labelled], HELD_OUT_TRAIN_FRACTION, seed))
     if split == "train":
-        return SubsetSource(source, np.union1d(train, np.flatnonzero(source.labels < 0)), description)
+        return np.union1d(train, np.flatnonzero(labels < 0))
     if not test.size:
-        raise InputError(f"{source.name}: no class has two images, so none can be held out for a test")
-    return SubsetSource(source, test, description)
+        raise InputError(f"{name}: no class has two images, so none can be held out for a test")
+    return test
 
 
 def digest(parts: Iterable[bytes]) -> str:

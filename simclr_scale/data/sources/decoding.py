@@ -131,10 +131,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: floating-point pixels, which have no fixed range, or a colour space that Pillow cannot convert.
     """
-    image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range; save the image with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -145,6 +142,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image, loaded, turned as its EXIF orientation says."""
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,6 +9,7 @@ from PIL import Image
 from simclr_scale.data.sources.base import Source, digest, file_size, read_file
 from simclr_scale.data.sources.decoding import decode_rgb
 from simclr_scale.data.sources.named_splits import SplitRequest, has_train_and_test, is_train_name
+from simclr_scale.data.sources.packed_names import PackedNames
 from simclr_scale.errors import InputError
 
 IMAGE_EXTENSIONS = (
@@ -33,7 +34,7 @@ class FolderSource:
         self.labels = labels
         self.split_description = split_description
         self._root = root
-        self._files = _PackedNames(files)
+        self._files = PackedNames(files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -51,6 +52,9 @@ class FolderSource:
 
     def describe(self, index: int) -> str:
         return os.path.join(self._root, self._files[index])
+
+    def file_name(self, index: int) -> str:
+        return self._files[index]
 
     def _identity(self, index: int) -> tuple[bytes, bytes, bytes]:
         label = self.labels[index]
@@ -84,28 +88,6 @@ def open_folder(name: str, root: str, request: SplitRequest) -> tuple[Source, bo
     label_of = {folder: label for label, folder in enumerate(classes)}
     labels = np.fromiter((label_of.get(file.partition("/")[0], -1) for file in files), np.int64, len(files))
     return FolderSource(name, root, (prefix + file for file in files), labels, classes, description), whole
-
-
-class _PackedNames:
-    """File names in two flat buffers.
-
-    A list of a million strings is copied into every forked worker page by page, as reading a string writes its
-    reference count.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded])
-
-    def __len__(self) -> int:
-        return self._ends.size
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < self._ends.size:
-            raise IndexError(f"image {index} of {self._ends.size}")
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]])
 
 
 def _walk(root: str, above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -12,6 +12,10 @@ _VALIDATION = ("val", "valid", "validation", "dev", "2021_valid")
 _TEST = ("test", "testing", *_VALIDATION)
 
 
+class NoSuchPart(InputError):
+    """The data set has splits, but not the one asked for."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One split to read."""
@@ -59,13 +63,17 @@ class SplitRequest:
         validation = _first(_VALIDATION, [name for name in available if name not in (train, test)])
         name = {"train": train, "val": validation, "test": test}[self.part]
         if name is None:
-            raise InputError(f"{where}: has no validation split beside train {train!r} and test {test!r}")
+            raise NoSuchPart(f"{where}: has no validation split beside train {train!r} and test {test!r}")
         return Choice(name, whole=False, parts=tuple(part for part in (train, validation, test) if part is not None))
 
 
 def has_train_and_test(names: Iterable[str]) -> bool:
     names = list(names)
     return _first(_TRAIN, names) is not None and _first(_TEST, names) is not None
+
+
+def is_split_name(name: str) -> bool:
+    return name.lower() in (*_TRAIN, *_TEST)
 
 
 def is_train_name(name: str) -> bool:

@@ -1,17 +1,21 @@
 """From what the user typed to a source of images."""
 
 import os
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
 from simclr_scale.data.sources.base import Source, held_out_part
 from simclr_scale.data.sources.folders import open_folder
-from simclr_scale.data.sources.named_splits import SplitRequest
+from simclr_scale.data.sources.named_splits import NoSuchPart, SplitRequest
+from simclr_scale.data.sources.packed import ALL, is_packed, open_packed
+from simclr_scale.data.sources.shards import open_shards, refuse_stream
 from simclr_scale.errors import InputError
 
 Split = Literal["train", "val", "test"]
 
+_KINDS = "a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
 _PREFIXES = ("torch/", "hfds/", "wds/")
 
 
@@ -31,8 +35,10 @@ def open_source(
     `spec` is one of:
 
     - a folder of images (`open_folder` says how labels and splits are found); `./NAME` where it could be mistaken
+    - a folder that `simclr-scale prepare` has packed
     - `torch/NAME`: a data set of torchvision.datasets below `root`; never downloaded
     - `hfds/PATH_OR_ID`: a folder of parquet files, or a data set of the Hugging Face hub
+    - `wds/PATTERN`: WebDataset shards in local files, read by an index (`open_shards`)
     - `textures`: the generated data set
 
     A data set with splits of its own uses them, `train_split` and `test_split` naming them where they are not called
@@ -45,8 +51,9 @@ def open_source(
         split: the part.
         train_split: the data set's name for its train split.
         test_split: the data set's name for its test split.
-        image_key: the column of images in a table; by default found by type.
-        label_key: the column of labels in a table; by default found by type; empty for none.
+        image_key: the column of images in a table, or their extension in shards; by default found by type.
+        label_key: the column of labels in a table, or their extension or field in shards; by default found by type;
+            empty for none.
         seed: of the split of a data set that brings none, and of the textures.
 
     Raises:
@@ -54,14 +61,51 @@ def open_source(
     """
     if split not in get_args(Split):
         raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
-    if not spec.startswith("hfds/") and (image_key or label_key):
-        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ sources")
+    if not spec.startswith(("hfds/", "wds/")) and (image_key or label_key):
+        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ and wds/ sources")
     if spec == "textures":
         return _textures(split, train_split or test_split, seed)
     request = SplitRequest(split, train_split, test_split)
     root = os.fspath(root) if root is not None else None
+    packed = _packed_folder(spec, root)
+    if packed is not None:
+        return open_packed(spec, packed, request, seed)
     source, whole = _open(spec, root, request, image_key, label_key)
     return held_out_part(source, split, seed) if whole else source
+
+
+def open_parts(
+    spec: str,
+    *,
+    root: str | Path | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+) -> dict[str, Source]:
+    """All parts of a data set that is to be packed: "train", "test" and maybe "val"; or "all" where it is not divided.
+
+    The arguments are those of `open_source`.
+
+    Raises:
+        InputError: the data set cannot be opened, or is packed already.
+    """
+    root = os.fspath(root) if root is not None else None
+    if spec == "textures":
+        raise InputError("textures: are generated; there is nothing to pack")
+    if _packed_folder(spec, root) is not None:
+        raise InputError(f"{spec}: is packed already; for another size, pack its source, as every resize costs detail")
+
+    def part(name: str) -> tuple[Source, bool]:
+        return _open(spec, root, SplitRequest(name, train_split, test_split), image_key, label_key)
+
+    train, whole = part("train")
+    if whole:
+        return {ALL: train}
+    parts = {"train": train, "test": part("test")[0]}
+    with suppress(NoSuchPart):
+        parts["val"] = part("val")[0]
+    return parts
 
 
 def _open(
@@ -78,11 +122,20 @@ def _open(
 
         return open_table(spec, _table_location(spec, root), request, image_key, label_key)
     if spec.startswith("wds/"):
-        raise InputError(f"{spec}: WebDataset shards are not supported in this version; use a folder, torch/ or hfds/")
+        pattern = spec.removeprefix("wds/")
+        return open_shards(spec, pattern, _in_root("", root), request, image_key, label_key)
+    refuse_stream(spec, spec)
     folder = _in_root(spec, root)
     if not os.path.isdir(folder):
         raise InputError(_why_no_folder(spec, folder))
     return open_folder(spec, folder, request)
+
+
+def _packed_folder(spec: str, root: str | None) -> str | None:
+    """The folder, where it is a packed one."""
+    path = spec.removeprefix("wds/")
+    folder = _in_root(path, root) if path and not spec.startswith(("torch/", "hfds/")) else ""
+    return folder if folder and is_packed(folder) else None
 
 
 def _textures(split: Split, named_split: str | None, seed: int) -> Source:
@@ -111,7 +164,9 @@ def _table_location(spec: str, root: str | None) -> str:
 def _why_no_folder(spec: str, folder: str) -> str:
     place = spec if spec == folder else f"{spec} ({folder})"
     if os.path.exists(folder):
-        return f"{place}: is a file; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID or textures"
+        return (
+            f"{place}: is a file; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
+        )
     prefix, slash, rest = spec.partition("/")
     close = (
         get_close_matches(prefix.lower() + slash, _PREFIXES, n=1) if slash else get_close_matches(spec, ["textures"])
@@ -119,7 +174,9 @@ def _why_no_folder(spec: str, folder: str) -> str:
     close = [close[0] + rest] if close else _siblings(folder)
     if close:
         return f"{place}: no such folder; did you mean {close[0]}?"
-    return f"{place}: no such folder; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID or textures"
+    return (
+        f"{place}: no such folder; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
+    )
 
 
 def _siblings(folder: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from simclr_scale.data.sources.base import Source, digest, file_size, label_bytes, sampled_rows
+from simclr_scale.data.sources.base import Source, digest, file_size, label_bytes, read_file, sampled_rows
 from simclr_scale.data.sources.decoding import UNREADABLE, decode_rgb, to_rgb
 from simclr_scale.data.sources.named_splits import SplitRequest
 from simclr_scale.errors import InputError
@@ -59,6 +59,12 @@ class TorchvisionSource:
 
     def describe(self, index: int) -> str:
         return self._dataset[index][0] if self._has_paths else f"{self.name}, {self.split_description}, image {index}"
+
+    def encoded(self, index: int) -> bytes | None:
+        return read_file(self._dataset[index][0]) if self._has_paths else None
+
+    def file_name(self, index: int) -> str:
+        return os.path.relpath(self._dataset[index][0], self._root).replace(os.sep, "/") if self._has_paths else ""
 
     def _identity(self, index: int) -> bytes:
         if self._has_paths:
