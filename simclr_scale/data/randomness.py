@@ -15,8 +15,9 @@ class Purpose(IntEnum):
     AUGMENTATION = 0
     ORDER = 1
     TEXTURE = 2
-    REPLACEMENT = 7
     SUBSET = 3
+    BLUR_OF_BATCH = 4
+    REPLACEMENT = 7
 
 
 def generator(purpose: Purpose, seed: int, epoch: int, index: int) -> np.random.Generator:

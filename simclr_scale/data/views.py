@@ -59,10 +59,10 @@ class ViewsDataset(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        epoch = keys[0].epoch
+        epoch, place = keys[0].epoch, keys[0].batch
         indices = np.array([key.image for key in keys])
         if self.pixels is not None:
-            return self._from_memory(self.pixels, epoch, indices)
+            return self._from_memory(self.pixels, epoch, place, indices)
         views: Tensor | None = None
         shown, all_draws, unreadable = indices.copy(), [], []
         images: list[Tensor] = []
@@ -76,26 +76,28 @@ class ViewsDataset(Dataset[Batch]):
             if views is None:
                 views = _empty_views(len(indices), image, self.image_size)
             first = row + 1 - len(images)
-            all_draws.append(self._cut(images, epoch, indices[first : row + 1], views[first : row + 1]))
+            all_draws.append(self._cut(images, epoch, place, indices[first : row + 1], views[first : row + 1]))
             images.clear()
         batch = self._batch(indices, shown, np.concatenate(all_draws), unreadable)
         return batch | {"views": views}
 
-    def _cut(self, images: list[Tensor], epoch: int, indices: NDArray[np.int64], views: Tensor) -> NDArray[np.float32]:
+    def _cut(
+        self, images: list[Tensor], epoch: int, place: int, indices: NDArray[np.int64], views: Tensor
+    ) -> NDArray[np.float32]:
         """Writes the crops of some images and returns their draws."""
         sizes = np.array([image.shape[-2:] for image in images])
-        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes)
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, batch=place)
         for image, its_draws, its_views in zip(images, draws, views, strict=True):
             for view in range(VIEWS):
                 its_views[view] = cut(image, its_draws[view, BOX], self.image_size)
         return draws
 
-    def _from_memory(self, pixels: Tensor, epoch: int, indices: NDArray[np.int64]) -> Batch:
+    def _from_memory(self, pixels: Tensor, epoch: int, place: int, indices: NDArray[np.int64]) -> Batch:
         shown = indices
         if self.unreadable:
             count = len(self.source)
             shown = np.array([readable_instead(self.unreadable, self.seed, epoch, int(i), count) for i in indices])
-        draws = draw_views(self.augmentation, self.seed, epoch, indices, np.array(pixels.shape[-2:]))
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, np.array(pixels.shape[-2:]), batch=place)
         return self._batch(indices, shown, draws, []) | {"images": pixels[torch.from_numpy(shown)]}
 
     def _batch(
