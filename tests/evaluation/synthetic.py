@@ -1,11 +1,14 @@
 """A small labelled source and a small encoder for the tests of this folder."""
 
 import hashlib
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from simclr_scale.errors import InputError
 
 
 class ColorSource:
@@ -31,6 +34,19 @@ class ColorSource:
 
     def describe(self, index: int) -> str:
         return f"image {index}"
+
+
+class DamagedSource(ColorSource):
+    """A ColorSource of which some images cannot be read."""
+
+    def __init__(self, labels: list[int], classes: tuple[str, ...], seed: int, bad: Collection[int]) -> None:
+        super().__init__(labels, classes, seed)
+        self.bad = bad
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.bad:
+            raise InputError(f"image {index}: not a readable image (cut off)")
+        return super().image(index)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -4,7 +4,7 @@ from torch import nn
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import ImageDataset, extract_features, gather_features, image_loader
-from tests.evaluation.synthetic import ColorSource, small_encoder, to_tensor
+from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder, to_tensor
 from tests.gloo_pool import GlooPool
 
 SOURCE = ColorSource([0, 1, -1, 2, 0, 1, 2], classes=("a", "b", "c"))
@@ -30,6 +30,29 @@ def test_features_are_those_of_each_image_alone_in_evaluation_mode(num_workers: 
     assert indices.tolist() == list(range(7))
     assert labels.dtype == indices.dtype == torch.int64
     assert not features.is_inference()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_that_cannot_be_read_are_left_out_and_told(num_workers: int) -> None:
+    """Also where none of a batch can be read."""
+    source = DamagedSource([0, 1, -1, 2, 0, 1, 2], ("a", "b", "c"), 0, bad=(0, 1, 2, 5))
+    loader = image_loader(source, to_tensor, batch_size=3, num_workers=num_workers)
+    unreadable: dict[int, str] = {}
+    features, labels, indices = extract_features(small_encoder(), loader, unreadable=unreadable)
+    everything, _, _ = extract_features(small_encoder(), image_loader(SOURCE, to_tensor))
+    assert indices.tolist() == [3, 4, 6]
+    assert labels.tolist() == [2, 0, 2]
+    torch.testing.assert_close(features, everything[[3, 4, 6]])
+    assert unreadable == {index: f"image {index}: not a readable image (cut off)" for index in (0, 1, 2, 5)}
+
+
+def test_an_image_that_cannot_be_read_is_an_error_unless_it_is_asked_for() -> None:
+    source = DamagedSource([0, 1, 2], ("a", "b", "c"), 0, bad=(1,))
+    with pytest.raises(InputError, match=r"^image 1: not a readable image \(cut off\)$"):
+        extract_features(small_encoder(), image_loader(source, to_tensor))
+    source.bad = range(3)
+    with pytest.raises(InputError, match=r"^none of the 3 images can be read; the first: image 0: "):
+        extract_features(small_encoder(), image_loader(source, to_tensor), unreadable={})
 
 
 def test_results_are_in_order_of_the_index() -> None:

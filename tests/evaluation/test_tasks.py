@@ -18,7 +18,7 @@ from simclr_scale.evaluation import (
     linear_probe,
     top1,
 )
-from tests.evaluation.synthetic import ColorSource, small_encoder, to_tensor
+from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder, to_tensor
 
 CLASSES = ("a", "b", "c", "d")
 TRAIN = ColorSource([0, 1, 2, 3] * 12 + [-1] * 3, CLASSES)
@@ -57,6 +57,33 @@ def test_linear_is_the_functions_put_together(tmp_path: Path) -> None:
     assert record["settings"]["seed"] == 3
     assert record["details"]["l2"] == probe.l2
     assert [score["l2"] for score in record["details"]["validation"]] == [1.0, 1e-2, 1e-4]
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_images_that_cannot_be_read_are_left_out_and_named(evaluate: Evaluation, tmp_path: Path) -> None:
+    train_bad, test_bad = (0, 17, 49), (2, 4)  # 49 and 4 have no label and are not used anyway
+    damaged = (
+        DamagedSource(TRAIN.labels.tolist(), CLASSES, 0, train_bad),
+        DamagedSource(TEST.labels.tolist(), CLASSES, 1, test_bad),
+    )
+    whole = []
+    for source, bad in ((TRAIN, train_bad), (TEST, test_bad)):
+        labels = source.labels.copy()
+        labels[list(bad)] = -1
+        whole.append(ColorSource(labels.tolist(), CLASSES, source.seed))
+        # The colours are those of the labels.
+        whole[-1].image = source.image  # type: ignore[method-assign]
+    settings = {"k": 5} if evaluate is evaluate_knn else {"l2_values": (1e-4, 1e-2)}
+    manifest = evaluate(small_encoder(), to_tensor, *damaged, **settings)
+    assert manifest.values == evaluate(small_encoder(), to_tensor, *whole, **settings).values
+    record = json.loads(manifest.write(tmp_path / "manifest.json").read_text())
+    assert (record["train"]["images"], record["test"]["images"]) == (46, 19)
+    assert record["test"]["unreadable"] == ["image 2: not a readable image (cut off)"]
+    assert len(record["train"]["unreadable"]) == 2
+    assert record["warnings"] == [
+        "2 of 48 training images cannot be read and are left out; the first: image 0: not a readable image (cut off)",
+        "1 of 20 test images cannot be read and are left out; the first: image 2: not a readable image (cut off)",
+    ]
 
 
 def test_a_given_l2_is_all_there_is_to_record() -> None:
