@@ -15,6 +15,8 @@ class Purpose(IntEnum):
     AUGMENTATION = 0
     ORDER = 1
     TEXTURE = 2
+    VALUES = 5
+    BLOCKS = 6
 
 
 def generator(purpose: Purpose, seed: int, epoch: int, index: int) -> np.random.Generator:

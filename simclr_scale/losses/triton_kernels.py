@@ -81,9 +81,7 @@ def require_triton(device: torch.device | str) -> None:
         )
 
 
-def log_negatives(
-    z: Tensor, z_all: Tensor, first: int, temperature: float, *, tiles: Tiles | None = None
-) -> Tensor:
+def log_negatives(z: Tensor, z_all: Tensor, first: int, temperature: float, *, tiles: Tiles | None = None) -> Tensor:
     """Log of the sum over the negatives: log sum over j not in {i, p(i)} of exp(S_ij).
 
     Args:
@@ -290,7 +288,20 @@ if triton is not None:
         return tl.dot(a, b, accumulator, input_precision=PRODUCTS)
 
     @triton.jit
-    def _cosines(z, z_all, row, rows, tile, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr):
+    def _cosines(
+        z,
+        z_all,
+        row,
+        rows,
+        tile,
+        columns,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
+    ):
         """Products of the rows [row, row + ROWS) with the columns [tile, tile + COLUMNS), over the width in steps."""
         cosine = tl.zeros((ROWS, COLUMNS), tl.float32)
         for offset in range(0, WIDTH, DEPTH):
@@ -301,9 +312,22 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "columns", "first", "steps"])
     def _log_negatives_kernel(
-        z, z_all, total, peak, rows, columns, first, steps, scale,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-        ONLINE: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+        z,
+        z_all,
+        total,
+        peak,
+        rows,
+        columns,
+        first,
+        steps,
+        scale,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        ONLINE: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         row = tl.program_id(0) * ROWS
         split = tl.program_id(1)
@@ -351,9 +375,26 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "columns", "width", "first", "steps"])
     def _repulsion_kernel(
-        z, z_all, row_terms, column_terms, out, rows, columns, width, first, steps, scale, scale_rest,
-        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
-        ONE_EXPONENTIAL: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+        z,
+        z_all,
+        row_terms,
+        column_terms,
+        out,
+        rows,
+        columns,
+        width,
+        first,
+        steps,
+        scale,
+        scale_rest,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        CHUNK: tl.constexpr,
+        ONE_EXPONENTIAL: tl.constexpr,
+        PRODUCTS: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):
         row = tl.program_id(0) * ROWS
         split = tl.program_id(1)

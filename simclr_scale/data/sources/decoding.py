@@ -12,6 +12,9 @@ from simclr_scale.errors import InputError
 # What Pillow raises on damaged files of the common formats, found by corrupting bytes at random.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
+# Height times width beyond which an image is taken for an attack; it is the limit at which Pillow refuses too.
+MAX_PIXELS = 178_956_970
+
 _ORIENTATION = 0x0112
 # How to turn an image upright, by EXIF orientation (CIPA DC-008, tag 274).
 _UPRIGHT = {
@@ -42,7 +45,7 @@ def decode_rgb(file: str | BinaryIO, where: str) -> Image.Image:
             with Image.open(file) as image:
                 return to_rgb(image)
     except UNREADABLE as error:
-        raise InputError(f"{where}: not a readable image ({_one_line(error)})") from error
+        raise InputError(f"{where}: not a readable image ({one_line(error)})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -56,9 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: floating-point pixels, which have no fixed range, or a colour space that Pillow cannot convert.
     """
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range; save the image with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -71,6 +72,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, in its own mode."""
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where there is none or it cannot be read."""
     # ImageOps.exif_transpose also rewrites the other tags and fails when one of them is damaged.
@@ -80,5 +87,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error as part of a line, its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

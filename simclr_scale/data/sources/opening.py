@@ -5,14 +5,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
+from simclr_scale.data.sources.arrays import ChannelAxis
 from simclr_scale.data.sources.base import Source, held_out_part
 from simclr_scale.data.sources.folders import open_folder
 from simclr_scale.data.sources.named_splits import SplitRequest
 from simclr_scale.errors import InputError
 
+DEFAULT_PATCH_SIZE = 9
 Split = Literal["train", "val", "test"]
 
-_PREFIXES = ("torch/", "hfds/", "wds/")
+_PREFIXES = ("torch/", "hfds/", "wds/", "patches/")
 
 
 def open_source(
@@ -25,6 +27,10 @@ def open_source(
     image_key: str | None = None,
     label_key: str | None = None,
     seed: int = 0,
+    channels: int = 3,
+    arrays: bool = False,
+    channel_axis: ChannelAxis | None = None,
+    patch_size: int = DEFAULT_PATCH_SIZE,
 ) -> Source:
     """Open one part of a data set.
 
@@ -33,6 +39,7 @@ def open_source(
     - a folder of images (`open_folder` says how labels and splits are found); `./NAME` where it could be mistaken
     - `torch/NAME`: a data set of torchvision.datasets below `root`; never downloaded
     - `hfds/PATH_OR_ID`: a folder of parquet files, or a data set of the Hugging Face hub
+    - `patches/FILE`: the patches around the pixels of one scene of many bands (`open_patches`)
     - `textures`: the generated data set
 
     A data set with splits of its own uses them, `train_split` and `test_split` naming them where they are not called
@@ -45,52 +52,73 @@ def open_source(
         split: the part.
         train_split: the data set's name for its train split.
         test_split: the data set's name for its test split.
-        image_key: the column of images in a table; by default found by type.
-        label_key: the column of labels in a table; by default found by type; empty for none.
+        image_key: the column of images in a table, or the variable of .mat files; by default found by type.
+        label_key: the column of labels in a table, or the variable that labels a scene; by default found by type;
+            empty for none.
         seed: of the split of a data set that brings none, and of the textures.
+        channels: of pictures: 3 gives RGB, 1 grey. Arrays have those they have; `source.channels` tells.
+        arrays: a folder's images are its arrays, .tif among them, where it holds any, and not its pictures.
+        channel_axis: which axis of arrays is that of the channels, 0 or -1; None finds it or asks.
+        patch_size: side of the patches of `patches/`, in pixels.
 
     Raises:
         InputError: anything about the data set that the user has to mend, found before any image is decoded.
     """
     if split not in get_args(Split):
         raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
-    if not spec.startswith("hfds/") and (image_key or label_key):
-        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ sources")
+    is_table, is_scene, is_folder = spec.startswith("hfds/"), spec.startswith("patches/"), _is_folder(spec)
+    if (label_key and not (is_table or is_scene)) or (image_key and not (is_table or is_scene or is_folder)):
+        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ sources and .mat files")
     if spec == "textures":
-        return _textures(split, train_split or test_split, seed)
+        return _textures(split, train_split or test_split, seed, channels)
     request = SplitRequest(split, train_split, test_split)
     root = os.fspath(root) if root is not None else None
-    source, whole = _open(spec, root, request, image_key, label_key)
+    if is_scene:
+        from simclr_scale.data.sources.patches import open_patches
+
+        if request.named:
+            raise InputError(f"{spec}: has no splits: leave out train_split and test_split")
+        path = _in_root(spec.removeprefix("patches/"), root)
+        keys = {"image_key": image_key, "label_key": label_key}
+        return open_patches(spec, path, split, patch_size=patch_size, channel_axis=channel_axis, seed=seed, **keys)
+    if is_folder:
+        folder = _in_root(spec, root)
+        if not os.path.isdir(folder):
+            raise InputError(_why_no_folder(spec, folder))
+        source, whole = open_folder(
+            spec, folder, request, channels=channels, arrays=arrays, channel_axis=channel_axis, image_key=image_key
+        )
+    else:
+        source, whole = _open(spec, root, request, image_key, label_key, channels)
     return held_out_part(source, split, seed) if whole else source
 
 
 def _open(
-    spec: str, root: str | None, request: SplitRequest, image_key: str | None, label_key: str | None
+    spec: str, root: str | None, request: SplitRequest, image_key: str | None, label_key: str | None, channels: int
 ) -> tuple[Source, bool]:
     """The named split, and whether it is the whole data set, still to be divided."""
     if spec.startswith("torch/"):
         # torchvision takes long to import.
         from simclr_scale.data.sources.torchvision_sets import open_torchvision
 
-        return open_torchvision(spec, spec.removeprefix("torch/"), root, request)
+        return open_torchvision(spec, spec.removeprefix("torch/"), root, request, channels)
     if spec.startswith("hfds/"):
         from simclr_scale.data.sources.tables import open_table
 
-        return open_table(spec, _table_location(spec, root), request, image_key, label_key)
-    if spec.startswith("wds/"):
-        raise InputError(f"{spec}: WebDataset shards are not supported in this version; use a folder, torch/ or hfds/")
-    folder = _in_root(spec, root)
-    if not os.path.isdir(folder):
-        raise InputError(_why_no_folder(spec, folder))
-    return open_folder(spec, folder, request)
+        return open_table(spec, _table_location(spec, root), request, image_key, label_key, channels)
+    raise InputError(f"{spec}: WebDataset shards are not supported in this version; use a folder, torch/ or hfds/")
 
 
-def _textures(split: Split, named_split: str | None, seed: int) -> Source:
+def _is_folder(spec: str) -> bool:
+    return spec != "textures" and not spec.startswith(_PREFIXES)
+
+
+def _textures(split: Split, named_split: str | None, seed: int, channels: int) -> Source:
     from simclr_scale.data.textures import TextureSource
 
     if named_split is not None:
         raise InputError(f"textures: has no split {named_split!r}: leave out train_split and test_split")
-    return TextureSource(split=split, seed=seed)
+    return TextureSource(split=split, seed=seed, channels=1 if channels == 1 else 3)
 
 
 def _in_root(path: str, root: str | None) -> str:
