@@ -92,9 +92,10 @@ def _google_sizes(
 
 
 def cut(image: Tensor, box: NDArray[np.float32], size: int) -> Tensor:
-    """One crop of one image, bicubic and antialiased: (C, H, W) uint8 -> (C, size, size) uint8."""
+    """One crop of one image, bicubic and antialiased: (C, H, W) -> (C, size, size), uint8 or float32 in [0, 255]."""
     top, left, height, width = (int(value) for value in box)
-    return tv.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    crop = tv.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return crop.clamp_(0, 255) if crop.is_floating_point() else crop
 
 
 def cut_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -7,34 +7,45 @@ from torch.utils.data import DataLoader
 
 from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Preset, resolve
 from simclr_scale.data.memory import load_pixels
+from simclr_scale.data.pixels import ValueRange, as_value_range, channels_of, measure_value_range, size_of, takes_value_range
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
+from simclr_scale.data.sources.arrays import ChannelAxis
+from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.workers import default_workers
 from simclr_scale.errors import InputError
 
 _SMALL_IMAGE = 64
 _PHOTOGRAPH = 224
+# How pictures are decoded, and whether arrays come before pictures.
+_CHANNELS = {"grey": 1}
+_ARRAYS = ("multiband",)
 
 
 class SimCLRDataModule(pl.LightningDataModule):
     """Two augmented views of every image, the same whatever the workers, ranks or restarts.
 
     Args:
-        source: a folder, ``torch/NAME``, ``hfds/PATH_OR_ID`` or ``textures``.
+        source: a folder of pictures or arrays, ``torch/NAME``, ``hfds/PATH_OR_ID``, ``patches/FILE`` or ``textures``.
         root: where ``torch/NAME`` finds its files.
         train_split: name of the split to train on; None finds it.
         test_split: name of the held-out split that the kNN score is measured on; None finds it.
-        image_key: column of images, where the source has columns; None finds it by type.
-        label_key: column of labels; None finds it by type.
+        image_key: column of images, where the source has columns, or variable of .mat files; None finds it by type.
+        label_key: column of labels, or variable that labels a scene; None finds it by type.
         global_batch_size: images in a step over all ranks; a rank's share is this divided by the ranks.
         image_size: side of the views in pixels; None: the images' own where they are at most 64 px, else 224.
         num_workers: processes that decode and crop; None: none for data in memory, else one a core up to 8.
-        preset: the augmentation for "natural" photographs or "small" images such as CIFAR's.
+        preset: the augmentation for "natural" photographs, "small" images such as CIFAR's, "grey" images (pictures are
+            then decoded to one channel of 8 or 16 bits) or "multiband" arrays of any number of channels.
         color_ops: whose colour operations, "torchvision" or "google"; None: the preset's.
         crop_sampling: whose distribution of crops, "torchvision" or "google"; None: the preset's.
         augmentation: single fields of the augmentation that differ from the preset.
         in_memory: decode the whole set once; None does so for images of one size up to 96 px.
+        channel_axis: axis of arrays that is that of the channels, 0 or -1; None finds it.
+        value_range: the values of arrays and 16-bit pictures that become black and white; None: all that uint8 can
+            hold, else the percentiles .1 and 99.9 of each channel over a seeded sample of the training images.
+        patch_size: side in pixels of the patches that ``patches/FILE`` cuts; odd.
         seed: of the order, the draws, a seeded split and generated data; the command line's own seed by default.
     """
 
@@ -55,6 +66,9 @@ class SimCLRDataModule(pl.LightningDataModule):
         crop_sampling: CropSampling | None = None,
         augmentation: Overrides | None = None,
         in_memory: bool | None = None,
+        channel_axis: ChannelAxis | None = None,
+        value_range: tuple[float, float] | None = None,
+        patch_size: int = DEFAULT_PATCH_SIZE,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -65,7 +79,9 @@ class SimCLRDataModule(pl.LightningDataModule):
         for name, value, least in (("seed", seed, 0), ("num_workers", num_workers, 0), ("image_size", image_size, 1)):
             if value is not None and value < least:
                 raise InputError(f"data.{name} must be {least} or above, got {value}")
-        self.source, self.root = source, root
+        self.source, self.root, self.preset = source, root, preset
+        self.channel_axis, self.patch_size = channel_axis, patch_size
+        self.value_range: ValueRange | None = as_value_range(value_range) if value_range is not None else None
         self.train_split, self.test_split = train_split, test_split
         self.image_key, self.label_key = image_key, label_key
         self.global_batch_size, self.num_workers, self.in_memory = global_batch_size, num_workers, in_memory
@@ -82,12 +98,17 @@ class SimCLRDataModule(pl.LightningDataModule):
             self.train_source = self._open("train")
             has_labels = (self.train_source.labels >= 0).any()
             self.test_source = self._open("test") if has_labels else None
+            self.channels = channels_of(self.train_source)
+            self.augmentation.require_channels(self.channels)
             self.image_size = self.requested_image_size or _natural_size(self.train_source)
         # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
         self._sampler = self._make_sampler(len(self.train_source))
         if self._dataset is None:
-            pixels = load_pixels(self.train_source, self.in_memory)
-            self._dataset = ViewsDataset(self.train_source, self.augmentation, self.image_size, self.seed, pixels)
+            self._settle_value_range(self.train_source)
+            pixels = load_pixels(self.train_source, self.in_memory, self.value_range)
+            self._dataset = ViewsDataset(
+                self.train_source, self.augmentation, self.image_size, self.seed, pixels, self.value_range
+            )
 
     def _open(self, split: Literal["train", "test"]) -> Source:
         return open_source(
@@ -99,7 +120,17 @@ class SimCLRDataModule(pl.LightningDataModule):
             image_key=self.image_key,
             label_key=self.label_key,
             seed=self.seed,
+            channels=_CHANNELS.get(self.preset, 3),
+            arrays=self.preset in _ARRAYS,
+            channel_axis=self.channel_axis,
+            patch_size=self.patch_size,
         )
+
+    def _settle_value_range(self, source: Source) -> None:
+        if self.value_range is None:
+            self.value_range = measure_value_range(source, self.seed)
+        elif not takes_value_range(source, self.seed):
+            raise InputError(f"data.value_range is for arrays and 16-bit pictures; those of {source.name} have 8 bits")
 
     def _make_sampler(self, num_images: int) -> GlobalBatchSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -163,5 +194,5 @@ class SimCLRDataModule(pl.LightningDataModule):
 
 
 def _natural_size(source: Source) -> int:
-    shortest = min(source.image(0).size)
+    shortest = min(size_of(source.image(0)))
     return shortest if shortest <= _SMALL_IMAGE else _PHOTOGRAPH

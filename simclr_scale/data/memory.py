@@ -1,9 +1,11 @@
-"""Small data sets as one tensor in memory: decoded once, cropped in batches on the device."""
+"""Small data sets in memory: decoded once, cropped in batches on the device."""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from simclr_scale.data.pixels import ValueRange, to_pixels
 from simclr_scale.data.sources import Source
 from simclr_scale.errors import InputError
 
@@ -11,27 +13,40 @@ _LARGEST_SIDE = 96
 _LARGEST_BYTES = 2 << 30
 
 
-def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
-    """All images as (N, C, H, W) uint8, or None where they are too large or not of one size.
+class PixelTable(Protocol):
+    """All images of a source: a tensor (N, C, H, W), uint8 or float32 in [0, 255], or what is indexed like one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """(B, C, H, W) of the images at (B,) indices."""
+
+
+def load_pixels(source: Source, wanted: bool | None = None, value_range: ValueRange | None = None) -> PixelTable | None:
+    """All images as (N, C, H, W), or None where they are too large or not of one size.
 
     Args:
         wanted: True loads images of any one size, False none, None only small ones.
+        value_range: of images deeper than 8 bits, see ``to_pixels``.
 
     Raises:
         InputError: ``wanted`` is True and the images are of several sizes.
     """
     if wanted is False:
         return None
+    if hasattr(source, "windows"):
+        return source.windows(value_range)
     pixels = getattr(source, "pixels", None)
     if pixels is not None:
         return pixels
-    first = pil_to_tensor(source.image(0))
-    if not wanted and (max(first.shape[-2:]) > _LARGEST_SIDE or first.numel() * len(source) > _LARGEST_BYTES):
+    first = to_pixels(source.image(0), value_range)
+    if not wanted and (max(first.shape[-2:]) > _LARGEST_SIDE or first.nbytes * len(source) > _LARGEST_BYTES):
         return None
-    pixels = torch.empty((len(source), *first.shape), dtype=torch.uint8)
+    pixels = torch.empty((len(source), *first.shape), dtype=first.dtype)
     for index in range(len(source)):
-        image = pil_to_tensor(source.image(index))
-        if image.shape != first.shape:
+        image = to_pixels(source.image(index), value_range)
+        if image.shape != first.shape or image.dtype != first.dtype:
             if wanted:
                 raise InputError(
                     f"data.in_memory needs images of one size: {source.describe(0)} is {_size(first)} and "
@@ -43,4 +58,4 @@ def load_pixels(source: Source, wanted: bool | None = None) -> Tensor | None:
 
 
 def _size(image: Tensor) -> str:
-    return f"{image.shape[-1]} x {image.shape[-2]}"
+    return f"{image.shape[-1]} x {image.shape[-2]}" + (" of 16 bits" if image.is_floating_point() else "")

@@ -1,6 +1,6 @@
 """From what a source gives to pixels between 0 and 255, whatever the range of the values in the file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ _LARGEST_16_BIT = 65535.0
 # Of a measured range: what lies beyond is clipped, so that single hot or dead pixels do not set the scale.
 _PERCENTILES = (0.1, 99.9)
 _SAMPLED_IMAGES = 256
+_IMAGES_TO_TELL_DEPTH = 16
 _SAMPLED_VALUES = 1 << 24
 _FEWEST_PIXELS = 64
 
@@ -96,28 +97,42 @@ def measure_value_range(source: Source, seed: int = 0) -> ValueRange | None:
     Raises:
         InputError: none of the images can be read.
     """
-    # By the raw stream, which NumPy promises to keep.
-    order = np.argsort(generator(Purpose.VALUES, seed, 0, 0).bit_generator.random_raw(len(source)), kind="stable")
     samples: list[NDArray[np.float32]] = []
-    images, problem = 0, None
-    for index in order[: 2 * _SAMPLED_IMAGES]:
-        if images == _SAMPLED_IMAGES:
-            break
-        try:
-            image = source.image(int(index))
-        except InputError as error:
-            problem = problem or error
-            continue
-        images += 1
+    for number, image in enumerate(_seeded_sample(source, seed)):
         if is_deep(image):
             samples.append(_sample(image))
-    if problem is not None and not images:
-        raise problem
+        if not samples and number == _IMAGES_TO_TELL_DEPTH:
+            break
     if not samples:
         return None
     values = np.concatenate(samples, axis=1)
     low, high = np.percentile(values, _PERCENTILES, axis=1, overwrite_input=True)
     return tuple((float(a), float(b) if b > a else float(a) + 1) for a, b in zip(low, high, strict=True))
+
+
+def takes_value_range(source: Source, seed: int = 0) -> bool:
+    """Whether images of the source have values that a range could map: arrays have, pictures of 8 bits have not."""
+    image = next(_seeded_sample(source, seed))
+    return not isinstance(image, Image.Image) or is_deep(image)
+
+
+def _seeded_sample(source: Source, seed: int) -> Iterator[Image.Image | Tensor]:
+    """Up to 256 images that can be read. Raises InputError where none can."""
+    # By the raw stream, which NumPy promises to keep.
+    order = np.argsort(generator(Purpose.VALUES, seed, 0, 0).bit_generator.random_raw(len(source)), kind="stable")
+    found, problem = 0, None
+    for index in order[: 2 * _SAMPLED_IMAGES]:
+        try:
+            image = source.image(int(index))
+        except InputError as error:
+            problem = problem or error
+            continue
+        yield image
+        found += 1
+        if found == _SAMPLED_IMAGES:
+            return
+    if not found and problem is not None:
+        raise problem
 
 
 def _sample(image: Image.Image | Tensor) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ ChannelAxis = Literal[0, -1]
 
 ARRAY_EXTENSIONS = (".npy", ".mat")
 TIFF_EXTENSIONS = (".tif", ".tiff")
-_DTYPES = "u1 u2 u4 i1 i2 i4 f2 f4 f8".split()
+_DTYPES = ["u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"]
 _MAX_VALUES = 4 * MAX_PIXELS
 # Shapes of this many files, evenly spaced, tell which axis is that of the channels.
 _SAMPLED_FILES = 32

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from simclr_scale.data.sources.base import Source, digest, file_size
 from simclr_scale.data.sources.arrays import ARRAY_EXTENSIONS, TIFF_EXTENSIONS, ArrayReader, ChannelAxis, find_reader
+from simclr_scale.data.sources.base import Source, digest, file_size
 from simclr_scale.data.sources.grey import decode
 from simclr_scale.data.sources.named_splits import SplitRequest, has_train_and_test, is_train_name
 from simclr_scale.errors import InputError

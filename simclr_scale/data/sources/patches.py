@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter
 from torch import Tensor
 
+from simclr_scale.data.pixels import ValueRange, to_pixels
 from simclr_scale.data.randomness import Purpose, generator
 from simclr_scale.data.sources.arrays import ChannelAxis, as_tensor
 from simclr_scale.data.sources.base import digest, label_bytes
@@ -65,6 +66,10 @@ class PatchSource:
         row, column = self.centres[index]
         return self._padded[:, row : row + self.patch_size, column : column + self.patch_size].clone()
 
+    def windows(self, value_range: ValueRange | None = None) -> "Windows":
+        """All patches as pixels in [0, 255], cut from the one scene when they are asked for."""
+        return Windows(to_pixels(self._padded, value_range), torch.from_numpy(self.centres), self.patch_size)
+
     def fingerprint(self) -> str:
         """Over the values of the cube, the labels, and where the patches lie."""
         places = np.concatenate([self.centres.ravel(), [self.patch_size]]).astype("<i8")
@@ -76,6 +81,26 @@ class PatchSource:
     def describe(self, index: int) -> str:
         row, column = self.centres[index]
         return f"{self.name}, patch around row {row}, column {column}"
+
+
+class Windows:
+    """Patches of one scene, indexed like the tensor (N, C, size, size) that they would be, without its copies.
+
+    Args:
+        padded: (C, H + size - 1, W + size - 1), the scene with its mirrored margins.
+        centres: (N, 2) rows and columns in the scene.
+    """
+
+    def __init__(self, padded: Tensor, centres: Tensor, size: int) -> None:
+        self.shape = torch.Size((len(centres), len(padded), size, size))
+        self._centres = centres
+        self._padded, self._size = padded, size
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """(B, C, size, size) of the patches at (B,) indices."""
+        rows, columns = self._centres[indices].T
+        windows = self._padded.unfold(1, self._size, 1).unfold(2, self._size, 1)
+        return windows[:, rows, columns].transpose(0, 1)
 
 
 def open_patches(
