@@ -7,7 +7,14 @@ from torch.utils.data import DataLoader
 
 from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Preset, resolve
 from simclr_scale.data.memory import load_pixels
-from simclr_scale.data.pixels import ValueRange, as_value_range, channels_of, measure_value_range, size_of, takes_value_range
+from simclr_scale.data.pixels import (
+    ValueRange,
+    as_value_range,
+    channels_of,
+    measure_value_range,
+    size_of,
+    takes_value_range,
+)
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.sources.arrays import ChannelAxis

@@ -20,7 +20,6 @@ threads of a block, which costs about as much as the exponentials it saves. Equa
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 

@@ -150,7 +150,7 @@ class _PackedNames:
 
 
 def _walk(root: str, extensions: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """POSIX paths of the files with these extensions below `root`, relative to it, in the file system's order and without a stat each.
+    """POSIX paths of the files with these extensions below `root`, relative to it, unsorted and without a stat each.
 
     Nothing is found where `root` is a link to one of the folders `above`.
     """

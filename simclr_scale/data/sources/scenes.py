@@ -27,6 +27,7 @@ _MOST_CLASSES = 256
 _SUM_TOLERANCE = 0.01
 
 Size = tuple[int, int]
+_Labels = tuple[np.ndarray | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def read_scene(
     cube, values = _cube_and_rest(path, image_key, label_key)
     stated = _stated_size(values)
     if label_key == "":
-        labels, classes = None, ()
+        found: _Labels = None, ()
     else:
         beside = _file_of_labels(path)
-        labels, classes = _find_labels(path, cube, stated, values | _variables_of(beside), label_key)
+        found = _find_labels(path, cube, stated, values | _variables_of(beside), label_key)
+    labels, classes = found
     size = stated if labels is None else labels.shape
     cube = _channels_first(path, cube, size, channel_axis)
     if labels is None:
@@ -119,7 +121,7 @@ def _variables_of(path: str | None) -> dict[str, Any]:
 
 def _find_labels(
     path: str, cube: np.ndarray, stated: Size | None, values: Mapping[str, Any], label_key: str | None
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
+) -> _Labels:
     """Labels (H, W) from 0 on, -1 for none, and the names of the classes."""
     sizes = _possible_sizes(cube, stated, values)
     found = {
@@ -207,8 +209,8 @@ def _channels_first(path: str, cube: np.ndarray, size: Size | None, channel_axis
     if path.lower().endswith(TIFF_EXTENSIONS):
         channel_axis = 0
     elif channel_axis is None and size is not None:
-        fits = [axis for axis, plane in ((-1, cube.shape[:2]), (0, cube.shape[1:])) if plane == size]
-        channel_axis = fits[0] if len(fits) == 1 else None
+        last, first = cube.shape[:2] == size, cube.shape[1:] == size
+        channel_axis = None if last == first else -1 if last else 0
     if channel_axis is None:
         channel_axis = find_channel_axis(path, [cube.shape])
     cube = cube if channel_axis == 0 else np.moveaxis(cube, -1, 0)

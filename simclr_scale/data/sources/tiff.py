@@ -35,7 +35,7 @@ def _frames(image: Image.Image) -> np.ndarray:
     pages = getattr(image, "n_frames", 1)
     if pages * image.width * image.height > _TOO_MANY_VALUES:
         raise ValueError(f"{pages} pages of {image.width} x {image.height} pixels are too many")
-    frames = []
+    frames: list[np.ndarray] = []
     for page in range(pages):
         image.seek(page)
         if image.mode not in _VALUES:
