@@ -10,7 +10,7 @@ from simclr_scale.errors import InputError
 ColorOps = Literal["torchvision", "google"]
 CropSampling = Literal["torchvision", "google"]
 BrightnessMode = Literal["multiplicative", "additive"]
-Preset = Literal["natural", "small", "grey", "multiband"]
+Preset = Literal["natural", "small"]
 
 _CHOICES = {"color_ops": ColorOps, "crop_sampling": CropSampling, "brightness_mode": BrightnessMode}
 
@@ -76,23 +76,12 @@ class Augmentation:
         if not 0 < self.evaluation_crop <= 1:
             raise InputError(f"augmentation.evaluation_crop is a share above 0, up to 1, got {self.evaluation_crop}")
 
-    def require_channels(self, channels: int) -> None:
-        """Raises InputError where an operation makes no sense for images of so many channels."""
-        for name in ("saturation", "hue", "grey"):
-            if channels != 3 and getattr(self, name) > 0:
-                raise InputError(
-                    f"augmentation.{name} needs the 3 channels of a colour image, and these have {channels}: "
-                    "use data.preset grey or multiband"
-                )
-
 
 # Every preset is the paper's recipe for that kind of image.
 PRESETS: dict[str, Augmentation] = {
     "natural": Augmentation(),
     # "we do not use Gaussian blur ... color distortion strength 0.5" for CIFAR-10: SimCLR, appendix B.9.
     "small": Augmentation(strength=0.5, blur=0.0, evaluation_crop=1.0),
-    "grey": Augmentation(saturation=0.0, hue=0.0, grey=0.0),
-    "multiband": Augmentation(saturation=0.0, hue=0.0, grey=0.0, blur=0.0, evaluation_crop=1.0),
 }
 
 if TYPE_CHECKING:

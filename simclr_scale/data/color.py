@@ -46,9 +46,7 @@ def augment_colors(views: Tensor, draws: Tensor, augmentation: Augmentation) -> 
 def _augment(x: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
     x = torch.where(_flag(draws, Draw.FLIP), x.flip(-1), x)
     x = jitter(x, draws, augmentation)
-    if augmentation.grey > 0:
-        x = torch.where(_flag(draws, Draw.GREY), grey(x), x)
-    x = x.clamp_(0, 1)
+    x = torch.where(_flag(draws, Draw.GREY), grey(x), x).clamp_(0, 1)
     if augmentation.blur > 0:
         chosen = draws[:, Draw.BLUR].nonzero()[:, 0]
         if len(chosen):
@@ -73,11 +71,8 @@ def jitter(x: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
         SATURATION: (saturation_in_hsv if google else saturation_by_grey, Draw.SATURATION),
         HUE: (shift_hue, Draw.HUE),
     }
-    if x.shape[1] != 3:
-        operations = {name: operations[name] for name in (BRIGHTNESS, CONTRAST)}
-        operations[CONTRAST] = (contrast_by_channel, Draw.CONTRAST)
     x = x.clone()
-    for place in range(orders.shape[1]):
+    for place in range(len(operations)):
         for operation, (function, column) in operations.items():
             chosen = (jittered & (orders[:, place] == operation)).nonzero()[:, 0]
             if len(chosen):
@@ -87,8 +82,6 @@ def jitter(x: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
-    if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
     red, green, blue = x.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
 

@@ -47,14 +47,12 @@ def draw_views(
     epoch: int,
     indices: Sequence[int] | NDArray[np.int64],
     sizes: NDArray[np.int64],
-    channels: int = 3,
 ) -> NDArray[np.float32]:
     """Draws both views of some images.
 
     Args:
         indices: (B,) positions of the images in the data set.
         sizes: (B, 2) height and width of each image in pixels, or (2,) where all are alike.
-        channels: of the images.
 
     Returns:
         (B, 2, P) float32, columns as in :class:`Draw`.
