@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 0
     ORDER = 1
     TEXTURE = 2
+    BLUR_OF_BATCH = 3
     VALUES = 5
     BLOCKS = 6
 

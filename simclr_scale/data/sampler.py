@@ -16,6 +16,8 @@ class Key(NamedTuple):
 
     epoch: int
     image: int
+    batch: int = 0
+    """Which global batch of the epoch the image is in, for what the images of a batch draw together."""
 
 
 class Position(NamedTuple):
@@ -85,4 +87,4 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         order = epoch_order(self.num_images, self.seed, epoch)
         for batch in range(first, len(self)):
             start = batch * self.global_batch_size + self.rank * self.batch_size
-            yield [Key(epoch, int(index)) for index in order[start : start + self.batch_size]]
+            yield [Key(epoch, int(index), batch) for index in order[start : start + self.batch_size]]

@@ -58,14 +58,14 @@ class ViewsDataset(Dataset[Batch]):
         batch = {"index": torch.from_numpy(indices), "label": torch.from_numpy(self.source.labels[indices])}
         if self.pixels is not None:
             sizes = np.array(self.pixels.shape[-2:])
-            draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, self.channels)
+            draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, self.channels, keys[0].batch)
             return batch | {"images": self.pixels[batch["index"]], "draws": torch.from_numpy(draws)}
         # One image at a time: decoded photographs are large, their crops small.
         all_draws, all_views = [], []
         for index in indices:
             image = to_pixels(self.source.image(int(index)), self.value_range)
             size = np.array(image.shape[-2:])
-            draws = draw_views(self.augmentation, self.seed, epoch, [index], size, self.channels)[0]
+            draws = draw_views(self.augmentation, self.seed, epoch, [index], size, self.channels, keys[0].batch)[0]
             all_views.append(torch.stack([cut(image, draws[view, BOX], self.image_size) for view in range(VIEWS)]))
             all_draws.append(torch.from_numpy(draws))
         return batch | {"views": torch.stack(all_views), "draws": torch.stack(all_draws)}
