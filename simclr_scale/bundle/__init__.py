@@ -1,7 +1,16 @@
 """An encoder with its transform, in one folder, in timm's own format."""
 
-from simclr_scale.bundle.loading import describe_specs, load_encoder
+from simclr_scale.bundle.loading import BASELINES, baseline, describe_specs, load_encoder
 from simclr_scale.bundle.saving import BUNDLE_KEY, encoder_config, save_encoder
 from simclr_scale.bundle.transform import ImageTransform
 
-__all__ = ["BUNDLE_KEY", "ImageTransform", "describe_specs", "encoder_config", "load_encoder", "save_encoder"]
+__all__ = [
+    "BASELINES",
+    "BUNDLE_KEY",
+    "ImageTransform",
+    "baseline",
+    "describe_specs",
+    "encoder_config",
+    "load_encoder",
+    "save_encoder",
+]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS
+from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS, transform_of
 from simclr_scale.bundle.transform import ImageTransform
 from simclr_scale.errors import InputError
-from simclr_scale.models import ColorHistogramEncoder, PixelEncoder, create_encoder
+from simclr_scale.models import BandHistogramEncoder, ColorHistogramEncoder, PixelEncoder, create_encoder
 
 _RANDOM_SEED = 0
 
@@ -125,7 +125,7 @@ def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Modu
     try:
         name, arguments = config["architecture"], {**config["model_args"], "pretrained": False}
         del arguments["num_classes"]
-        transform = ImageTransform.from_config(config["pretrained_cfg"])
+        transform = transform_of(config)
         with torch.random.fork_rng(devices=[]):
             encoder = create_encoder(name, **arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -191,6 +191,26 @@ def _histogram(bins: str) -> tuple[nn.Module, ImageTransform]:
     return ColorHistogramEncoder(_positive(bins, "histogram:BINS")), ImageTransform((3, 64, 64), crop_pct=1.0)
 
 
+def baseline(spec: str, channels: int) -> tuple[nn.Module, ImageTransform]:
+    """``pixels:SIZE`` or ``histogram:BINS`` for images of any number of channels.
+
+    Of other than 3 the histogram is one for each channel: a joint one of many channels has more cells than pixels.
+
+    Raises:
+        InputError: another spec.
+    """
+    form, _, rest = spec.partition(":")
+    if form not in BASELINES:
+        raise InputError(f"{spec!r} is no baseline; they are {' and '.join(BASELINES)}")
+    if channels == 3:
+        return load_encoder(spec)
+    if form == "pixels":
+        side = _positive(rest, "pixels:SIZE")
+        return PixelEncoder(side, channels).eval(), ImageTransform((channels, side, side), crop_pct=1.0)
+    encoder = BandHistogramEncoder(_positive(rest, "histogram:BINS"), channels)
+    return encoder.eval(), ImageTransform((channels, 64, 64), crop_pct=1.0)
+
+
 def _positive(text: str, form: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{form} takes a whole number above 0, got {text!r}")
@@ -202,6 +222,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+BASELINES = ("pixels", "histogram")
 _FORMS: dict[str, Callable[[str], tuple[nn.Module, ImageTransform]]] = {
     "timm": _pretrained,
     "hf-hub": _from_hub,

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
         "num_features": encoder.num_features,
         "model_args": {**architecture.kwargs, "in_chans": architecture.in_chans, "num_classes": 0},
         "pretrained_cfg": {**inherited, **transform.config, "num_classes": 0, "custom_load": False},
-        BUNDLE_KEY: {"version": __version__, "facts": facts},
+        BUNDLE_KEY: {"version": __version__, "facts": facts, "value_range": transform.value_range},
     }
     try:
         return json.loads(json.dumps(config))
@@ -93,6 +93,8 @@ def _model_card(config: dict[str, Any], encoder: nn.Module, facts: dict[str, Any
     size = "x".join(map(str, config["pretrained_cfg"]["input_size"]))
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     rows = "\n".join(_rows(facts))
+    transform = transform_of(config)
+    image = "a PIL picture" if transform.channels in (1, 3) else "a tensor of the raw values, (C, H, W)"
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm, self-supervised-learning, simclr]
@@ -106,15 +108,20 @@ images {size} in, {config["num_features"]} features out, {parameters:,} paramete
 from simclr_scale import load_encoder
 
 encoder, transform = load_encoder("PATH_OF_THIS_FOLDER")
-features = encoder(transform(image)[None])  # image: a PIL picture; features: (1, {config["num_features"]})
+features = encoder(transform(image)[None])  # image: {image}; features: (1, {config["num_features"]})
 ```
 
-The transform is part of the bundle: `{ImageTransform.from_config(config["pretrained_cfg"])!r}`.
+The transform is part of the bundle: `{transform!r}`.
 
 | fact | value |
 |---|---|
 {rows or "| none given | |"}
 """
+
+
+def transform_of(config: Mapping[str, Any]) -> ImageTransform:
+    """The transform that ``encoder_config`` has written down; KeyError where a setting is missing."""
+    return ImageTransform.from_config(config["pretrained_cfg"], config.get(BUNDLE_KEY, {}).get("value_range"))
 
 
 def _rows(facts: dict[str, Any], group: str = "") -> Iterator[str]:

@@ -4,9 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from simclr_scale.bundle import load_encoder
+from torch import nn
+
+from simclr_scale.bundle import BASELINES, ImageTransform, baseline, load_encoder
 from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.data.pixels import channels_of, measure_value_range
 from simclr_scale.data.sources import Source, open_source
+from simclr_scale.data.sources.arrays import ChannelAxis
+from simclr_scale.data.sources.grey import PICTURE_CHANNELS
+from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import Manifest, evaluate_knn, evaluate_linear, require_new_file
@@ -17,12 +23,14 @@ class EvaluationData:
     """The labelled images to evaluate on.
 
     Attributes:
-        source: a folder of classes, torch/NAME, hfds/PATH_OR_ID or textures.
+        source: a folder of classes, torch/NAME, hfds/PATH_OR_ID, patches/FILE or textures.
         root: where torch/NAME finds its files.
         train_split: name of the split whose labels are used; found where not given.
         test_split: name of the split that is scored; found where not given.
-        image_key: column of images; found by type where not given.
-        label_key: column of labels; found by type where not given.
+        image_key: column of images, or variable of .mat files; found by type where not given.
+        label_key: column of labels, or variable that labels a scene; found by type where not given.
+        channel_axis: axis of arrays that is that of the channels, 0 or -1; found where not given.
+        patch_size: side in pixels of the patches of patches/FILE.
         seed: of the split, where the source has none of its own, and of textures.
         num_workers: processes that decode images; one a core, up to 8, where not given.
     """
@@ -33,6 +41,8 @@ class EvaluationData:
     test_split: str | None = None
     image_key: str | None = None
     label_key: str | None = None
+    channel_axis: ChannelAxis | None = None
+    patch_size: int = DEFAULT_PATCH_SIZE
     seed: int = 0
     num_workers: int | None = None
 
@@ -41,8 +51,8 @@ class EvaluationData:
             if value is not None and value < 0:
                 raise InputError(f"data.{name} must be 0 or above, got {value}")
 
-    def open(self) -> tuple[Source, Source]:
-        """The train and the test part."""
+    def open(self, channels: int = 3, arrays: bool = False) -> tuple[Source, Source]:
+        """The train and the test part, of images of so many channels; from arrays where there is a choice."""
         train, test = (
             open_source(
                 self.source,
@@ -53,6 +63,10 @@ class EvaluationData:
                 image_key=self.image_key,
                 label_key=self.label_key,
                 seed=self.seed,
+                channels=channels,
+                arrays=arrays or channels not in PICTURE_CHANNELS,
+                channel_axis=self.channel_axis,
+                patch_size=self.patch_size,
             )
             for split in ("train", "test")
         )
@@ -62,7 +76,7 @@ class EvaluationData:
         """Decoding what is in memory already is not worth a process."""
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if hasattr(source, "pixels") else default_workers()
+        return 0 if hasattr(source, "pixels") or hasattr(source, "windows") else default_workers()
 
 
 def knn(argv: list[str]) -> None:
@@ -146,8 +160,7 @@ def _evaluate(
         require_new_file(output)
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
-    encoder, transform = load_encoder(spec)
-    train, test = data.open()
+    encoder, transform, train, test = _open(spec, data)
     with killed_workers_explained():
         manifest = evaluate(
             encoder,
@@ -163,6 +176,25 @@ def _evaluate(
     manifest.print_table()
     if output is not None:
         manifest.write(output)
+
+
+def _open(spec: str, data: EvaluationData) -> tuple[nn.Module, ImageTransform, Source, Source]:
+    """The encoder, and images such as it takes.
+
+    A transform that has no value range of its own takes that of the train part, where the images need one.
+    """
+    encoder, transform = load_encoder(spec)
+    train, test = data.open(transform.channels, arrays=transform.value_range is not None)
+    channels = channels_of(train)
+    if channels != transform.channels and spec.partition(":")[0] in BASELINES:
+        encoder, transform = baseline(spec, channels)
+    if channels != transform.channels:
+        raise InputError(
+            f"--encoder {spec} takes images of {transform.channels} channels, those of {data.source} have {channels}"
+        )
+    if transform.value_range is None:
+        transform = transform.with_value_range(measure_value_range(train, data.seed))
+    return encoder, transform, train, test
 
 
 def _device(name: str) -> str:

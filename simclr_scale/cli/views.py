@@ -55,13 +55,14 @@ def main(argv: list[str]) -> None:
 def draw_sheet(data: SimCLRDataModule, n: int, epoch: int = 0, bands: list[int] | None = None) -> Image.Image:
     """The first ``n`` images of an epoch's order and their views, as the encoder would get them."""
     source = data.open_part("train")
+    data.settle(source)
     dataset = data.views_of(source)
     order = epoch_order(len(source), data.seed, epoch)[:n]
     batch = dataset.__getitems__([Key(epoch, int(index)) for index in order])
     finished = finish_views(batch, data.augmentation, dataset.image_size)
     images, names = [], []
     for index in order:
-        image, shown, _ = read_or_replace(source, data.seed, epoch, int(index))
+        image, shown, _ = read_or_replace(source, data.seed, epoch, int(index), data.value_range)
         images.append(image)
         instead = "" if shown == index else f" in place of unreadable {source.describe(int(index))}"
         names.append(source.describe(shown) + instead)

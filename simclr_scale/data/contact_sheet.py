@@ -71,7 +71,7 @@ def contact_sheet(
             resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
             sheet.paste(_picture(columns[row, view][chosen], 1.0).resize((side, side), resampling), (left, top))
             color = _VIEW_COLORS[view % len(_VIEW_COLORS)]
-            text = describe_draws(draws[row, view], tuple(image.shape[-2:]), augmentation)
+            text = describe_draws(draws[row, view], (image.shape[-2], image.shape[-1]), augmentation)
             pieces = [f"{phrase}, " for phrase in text[:-1]] + text[-1:]
             _write(pen, font, (left, top + side + 2), _lines(pieces, font, side), color)
     return sheet

@@ -7,10 +7,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Preset, resolve
-from simclr_scale.data.memory import load_pixels
+from simclr_scale.data.memory import PixelTable, load_pixels
+from simclr_scale.data.pixels import ValueRange, as_value_range, channels_of, measure_value_range, takes_value_range
 from simclr_scale.data.reading import first_readable
 from simclr_scale.data.sampler import GlobalBatchSampler, Position
 from simclr_scale.data.sources import Source, open_source
+from simclr_scale.data.sources.arrays import ChannelAxis
+from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.subsets import check_subset, take_subset
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.waiting import TimedLoader, WaitClock
@@ -20,30 +23,41 @@ from simclr_scale.errors import InputError
 _FEW_IMAGES = 1000
 _SMALL_IMAGE = 64
 _PHOTOGRAPH = 224
+# How pictures are decoded, and whether arrays come before pictures.
+_CHANNELS = {"grey": 1}
+_ARRAYS = ("multiband",)
 
 
 class SimCLRDataModule(pl.LightningDataModule):
     """Two augmented views of every image, the same whatever the workers, ranks or restarts.
 
     Args:
-        source: a folder, ``torch/NAME``, ``hfds/PATH_OR_ID``, ``wds/PATTERN`` or ``textures``.
+        source: a folder of pictures or arrays, ``torch/NAME``, ``hfds/PATH_OR_ID``, ``wds/PATTERN``, ``patches/FILE``
+            or ``textures``.
         root: where ``torch/NAME`` finds its files.
         train_split: name of the split to train on; None finds it.
         test_split: name of the held-out split that the kNN score is measured on; None finds it.
-        image_key: column of images, where the source has columns, or their extension in shards; None finds it by type.
-        label_key: column of labels, or their extension or field in shards; None finds it by type.
+        image_key: column of images, where the source has columns, or their extension in shards, or variable of .mat
+            files; None finds it by type.
+        label_key: column of labels, or their extension or field in shards, or variable that labels a scene; None finds
+            it by type.
         subset: a part of the training images for a quick trial: a fraction, a count, or a file that lists names or
             numbers, one a line; balanced over the classes and seeded, a smaller part within a larger.
         global_batch_size: images in a step over all ranks; a rank's share is this divided by the ranks.
         image_size: side of the views in pixels; None: the images' own where they are at most 64 px, else 224.
         num_workers: processes that decode and crop; None: none for data in memory, else one a core up to 8.
-        preset: the augmentation for "natural" photographs or "small" images such as CIFAR's.
+        preset: the augmentation for "natural" photographs, "small" images such as CIFAR's, "grey" images (pictures are
+            then decoded to one channel of 8 or 16 bits) or "multiband" arrays of any number of channels.
         color_ops: whose colour operations, "torchvision" or "google"; None: the preset's.
         crop_sampling: whose distribution of crops, "torchvision" or "google"; None: the preset's.
         augmentation: single fields of the augmentation that differ from the preset.
         max_bad_fraction: share of the training images that may be unreadable. Up to then another image stands in for
             each, beyond it training stops.
         in_memory: decode the whole set once; None does so for images of one size up to 96 px.
+        channel_axis: axis of arrays that is that of the channels, 0 or -1; None finds it.
+        value_range: the values of arrays and 16-bit pictures that become black and white; None: all that uint8 can
+            hold, else the percentiles .1 and 99.9 of each channel over a seeded sample of the training images.
+        patch_size: side in pixels of the patches that ``patches/FILE`` cuts; odd.
         seed: of the order, the draws, a seeded split and generated data; the command line's own seed by default.
     """
 
@@ -66,6 +80,9 @@ class SimCLRDataModule(pl.LightningDataModule):
         augmentation: Overrides | None = None,
         max_bad_fraction: float = 0.01,
         in_memory: bool | None = None,
+        channel_axis: ChannelAxis | None = None,
+        value_range: tuple[float, float] | None = None,
+        patch_size: int = DEFAULT_PATCH_SIZE,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -79,7 +96,9 @@ class SimCLRDataModule(pl.LightningDataModule):
         if not 0 <= max_bad_fraction <= 1:
             raise InputError(f"data.max_bad_fraction is a share of the images, 0 to 1, got {max_bad_fraction}")
         check_subset(subset)
-        self.source, self.root, self.subset = source, root, subset
+        self.source, self.root, self.subset, self.preset = source, root, subset, preset
+        self.channel_axis, self.patch_size = channel_axis, patch_size
+        self.value_range: ValueRange | None = as_value_range(value_range) if value_range is not None else None
         self.train_split, self.test_split = train_split, test_split
         self.image_key, self.label_key = image_key, label_key
         self.global_batch_size, self.num_workers, self.in_memory = global_batch_size, num_workers, in_memory
@@ -100,21 +119,32 @@ class SimCLRDataModule(pl.LightningDataModule):
             self.train_source = take_subset(self.open_part("train"), self.subset, self.seed)
             has_labels = (self.train_source.labels >= 0).any()
             self.test_source = self.open_part("test") if has_labels else None
-            self.image_size = self.size_of_views(self.train_source)
         # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
         self._sampler = self._make_sampler(len(self.train_source))
         if self._dataset is None:
-            pixels = load_pixels(self.train_source, self.in_memory, self.unreadable)
+            self.settle(self.train_source)
+            pixels = load_pixels(self.train_source, self.in_memory, self.unreadable, self.value_range)
             self._dataset = self.views_of(self.train_source, pixels)
 
-    def views_of(self, source: Source, pixels: Tensor | None = None) -> ViewsDataset:
-        """The batches of views of a source, whose images may be in memory."""
-        size = self.size_of_views(source)
-        return ViewsDataset(source, self.augmentation, size, self.seed, pixels, self.unreadable)
+    def settle(self, source: Source) -> None:
+        """Takes from a source what the settings leave open: channels, range of the values and size of the views.
 
-    def size_of_views(self, source: Source) -> int:
-        """Side of the views in pixels: what was asked for, else by the images."""
-        return self.requested_image_size or _natural_size(source)
+        Raises:
+            InputError: the augmentation or the settings do not fit its images.
+        """
+        self.channels = channels_of(source)
+        self.augmentation.require_channels(self.channels)
+        if self.value_range is None:
+            self.value_range = measure_value_range(source, self.seed)
+        elif not takes_value_range(source, self.seed):
+            raise InputError(f"data.value_range is for arrays and 16-bit pictures; those of {source.name} have 8 bits")
+        self.image_size = self.requested_image_size or _natural_size(first_readable(source, self.value_range))
+
+    def views_of(self, source: Source, pixels: PixelTable | None = None) -> ViewsDataset:
+        """The batches of views of a source that :meth:`settle` has seen, whose images may be in memory."""
+        return ViewsDataset(
+            source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable, self.value_range
+        )
 
     def open_part(self, split: Literal["train", "test"]) -> Source:
         """One part of the data set, as the settings name it."""
@@ -127,6 +157,10 @@ class SimCLRDataModule(pl.LightningDataModule):
             image_key=self.image_key,
             label_key=self.label_key,
             seed=self.seed,
+            channels=_CHANNELS.get(self.preset, 3),
+            arrays=self.preset in _ARRAYS,
+            channel_axis=self.channel_axis,
+            patch_size=self.patch_size,
         )
 
     def _make_sampler(self, num_images: int) -> GlobalBatchSampler:
@@ -212,6 +246,6 @@ class SimCLRDataModule(pl.LightningDataModule):
         return batch
 
 
-def _natural_size(source: Source) -> int:
-    shortest = min(first_readable(source).shape[-2:])
+def _natural_size(image: Tensor) -> int:
+    shortest = min(image.shape[-2:])
     return shortest if shortest <= _SMALL_IMAGE else _PHOTOGRAPH

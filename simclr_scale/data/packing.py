@@ -234,6 +234,7 @@ class _PackedDataset(Dataset[list[tuple[int, Packed | Unreadable]]]):
             if content is not None:
                 return Packed(*pack_image(content, where, packing.size, packing.quality, packing.lossless))
             image = self._source.image(position)
+            assert isinstance(image, Image.Image), "pack refuses arrays"
             return Packed(*encode(image, packing.size, packing.quality, packing.lossless))
         except (InputError, *UNREADABLE) as error:
             return Unreadable(where, " ".join(str(error).split()).removeprefix(f"{where}: "))

@@ -17,6 +17,8 @@ class Purpose(IntEnum):
     TEXTURE = 2
     SUBSET = 3
     BLUR_OF_BATCH = 4
+    VALUES = 5
+    BLOCKS = 6
     REPLACEMENT = 7
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from simclr_scale.data.pixels import ValueRange, channels_of, to_pixels
 from simclr_scale.data.randomness import Purpose, generator
 from simclr_scale.data.sources.base import Source, encoded_image
 from simclr_scale.data.sources.decoding import decode_tensor
@@ -20,24 +20,22 @@ Unreadable = tuple[int, str]
 """The index of an image, and the error message about it."""
 
 
-def read_tensor(source: Source, index: int) -> Tensor:
-    """The image as (C, H, W): what ``source.image`` gives, but JPEGs decoded sooner.
+def read_tensor(source: Source, index: int, value_range: ValueRange | None = None) -> Tensor:
+    """The image as (C, H, W): what ``to_pixels`` makes of ``source.image``, but JPEGs decoded sooner.
 
     Raises:
         InputError: the image cannot be read.
     """
-    encoded = encoded_image(source, index) if getattr(source, "channels", _RGB) == _RGB else None
+    encoded = encoded_image(source, index) if channels_of(source) == _RGB else None
     if encoded is not None and encoded.startswith(_JPEG):
         return decode_tensor(encoded, source.describe(index))
-    image = source.image(index)
-    if isinstance(image, Tensor):
-        return image
-    pixels = np.array(image)
-    return torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).permute(2, 0, 1)
+    return to_pixels(source.image(index), value_range)
 
 
-def read_or_replace(source: Source, seed: int, epoch: int, index: int) -> tuple[Tensor, int, list[Unreadable]]:
-    """The image, or the first readable one of :func:`replacements`.
+def read_or_replace(
+    source: Source, seed: int, epoch: int, index: int, value_range: ValueRange | None = None
+) -> tuple[Tensor, int, list[Unreadable]]:
+    """The image as :func:`read_tensor` gives it, or the first readable one of :func:`replacements`.
 
     Returns:
         The image (C, H, W), its own index, and those that could not be read.
@@ -47,12 +45,12 @@ def read_or_replace(source: Source, seed: int, epoch: int, index: int) -> tuple[
     """
     unreadable: list[Unreadable] = []
     try:
-        return read_tensor(source, index), index, unreadable
+        return read_tensor(source, index, value_range), index, unreadable
     except InputError as error:
         unreadable.append((index, str(error)))
     for other in replacements(seed, epoch, index, len(source)):
         try:
-            return read_tensor(source, other), other, unreadable
+            return read_tensor(source, other, value_range), other, unreadable
         except InputError as error:
             unreadable.append((other, str(error)))
     raise InputError(f"{source.name}: none of {len(unreadable)} images can be read; the first: {unreadable[0][1]}")
@@ -79,7 +77,7 @@ def readable_instead(unreadable: Collection[int], seed: int, epoch: int, index: 
     return shown
 
 
-def first_readable(source: Source) -> Tensor:
+def first_readable(source: Source, value_range: ValueRange | None = None) -> Tensor:
     """The first image that can be read, for what all images are taken to have in common.
 
     Raises:
@@ -88,7 +86,7 @@ def first_readable(source: Source) -> Tensor:
     first_error: InputError | None = None
     for index in range(min(len(source), _MOST_REPLACEMENTS)):
         try:
-            return read_tensor(source, index)
+            return read_tensor(source, index, value_range)
         except InputError as error:
             first_error = first_error or error
     raise InputError(f"{source.name}: none of the first images can be read; the first: {first_error}")

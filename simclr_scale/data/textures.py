@@ -127,6 +127,7 @@ class TextureSource:
         seed: another seed is another data set of the same distribution.
         num_images: None for the split's own size.
         image_size: pixels of a side.
+        channels: 3, or 1 for the luma.
     """
 
     name = "textures"
@@ -138,6 +139,7 @@ class TextureSource:
         seed: int = 0,
         num_images: int | None = None,
         image_size: int = 32,
+        channels: int = 3,
     ) -> None:
         count = _SIZES[split] if num_images is None else num_images
         self.split_description = f"generated, seed {seed}, {split} part"
@@ -151,12 +153,17 @@ class TextureSource:
                 ]
             )
         )
+        self.channels = channels
+        if channels == 1:
+            grey = [np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")) for image in self.pixels]
+            self.pixels = torch.from_numpy(np.stack(grey))[:, None]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+        pixels = self.pixels[index]
+        return Image.fromarray((pixels[0] if self.channels == 1 else pixels.permute(1, 2, 0)).numpy())
 
     def describe(self, index: int) -> str:
         return f"textures image {index} ({self.split_description})"

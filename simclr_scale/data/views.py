@@ -13,6 +13,8 @@ from simclr_scale.data.augmentation import Augmentation
 from simclr_scale.data.color import augment_colors
 from simclr_scale.data.crops import cut, cut_batch
 from simclr_scale.data.draws import BOX, VIEWS, draw_views
+from simclr_scale.data.memory import PixelTable
+from simclr_scale.data.pixels import ValueRange, channels_of
 from simclr_scale.data.reading import Unreadable, read_or_replace, readable_instead
 from simclr_scale.data.sampler import Key
 from simclr_scale.data.sources import Source
@@ -29,15 +31,17 @@ class ViewsDataset(Dataset[Batch]):
 
     A batch is asked for as a list of :class:`Key`, so that workers need no state of their own, and comes as
 
-    - ``views`` (B, 2, C, H, W) uint8, cut here, the channels of a pixel side by side in memory; or, where the data set
-      is in memory, ``images`` (B, C, H, W) uint8, cut later on the device;
+    - ``views`` (B, 2, C, H, W), cut here, the channels of a pixel side by side in memory; or, where the data set is in
+      memory, ``images`` (B, C, H, W), cut later on the device; uint8, or float32 in [0, 255] where an image of the
+      batch is deeper;
     - ``draws`` (B, 2, P) float32, ``label`` (B,) int64 (-1: none), ``index`` (B,) int64;
     - ``unreadable``, only where there are such: a list of (index, reason). Another image stands in the place of each,
       with its own label, but with the index and the draws of the one that it replaces.
 
     Args:
-        pixels: (N, C, H, W) uint8, all images of the source in memory, or None.
+        pixels: all images of the source in memory, see ``load_pixels``, or None.
         unreadable: those among ``pixels`` that could not be read.
+        value_range: of deeper images, see ``to_pixels``.
     """
 
     def __init__(
@@ -46,11 +50,13 @@ class ViewsDataset(Dataset[Batch]):
         augmentation: Augmentation,
         image_size: int,
         seed: int,
-        pixels: Tensor | None = None,
+        pixels: PixelTable | None = None,
         unreadable: Collection[int] = (),
+        value_range: ValueRange | None = None,
     ) -> None:
         self.source, self.augmentation, self.image_size, self.seed = source, augmentation, image_size, seed
         self.pixels, self.unreadable = pixels, frozenset(unreadable)
+        self.value_range, self.channels = value_range, channels_of(source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -67,14 +73,18 @@ class ViewsDataset(Dataset[Batch]):
         shown, all_draws, unreadable = indices.copy(), [], []
         images: list[Tensor] = []
         for row, index in enumerate(indices):
-            image, shown[row], bad = read_or_replace(self.source, self.seed, epoch, int(index))
+            image, shown[row], bad = read_or_replace(self.source, self.seed, epoch, int(index), self.value_range)
             images.append(image)
             unreadable += bad
-            enough = len(images) == _MOST_IMAGES_AT_ONCE or sum(map(Tensor.numel, images)) > _MOST_BYTES_AT_ONCE
+            enough = len(images) == _MOST_IMAGES_AT_ONCE or sum(image.nbytes for image in images) > _MOST_BYTES_AT_ONCE
             if not enough and row + 1 < len(indices):
                 continue
+            dtype = torch.float32 if any(map(torch.is_floating_point, images)) else torch.uint8
             if views is None:
-                views = _empty_views(len(indices), image, self.image_size)
+                views = _empty_views(len(indices), image.shape[0], self.image_size, dtype)
+            elif dtype == torch.float32:
+                # Also where 8-bit pictures came first, in a set that has deeper ones too.
+                views = views.to(dtype)
             first = row + 1 - len(images)
             all_draws.append(self._cut(images, epoch, place, indices[first : row + 1], views[first : row + 1]))
             images.clear()
@@ -86,18 +96,19 @@ class ViewsDataset(Dataset[Batch]):
     ) -> NDArray[np.float32]:
         """Writes the crops of some images and returns their draws."""
         sizes = np.array([image.shape[-2:] for image in images])
-        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, batch=place)
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, self.channels, place)
         for image, its_draws, its_views in zip(images, draws, views, strict=True):
             for view in range(VIEWS):
                 its_views[view] = cut(image, its_draws[view, BOX], self.image_size)
         return draws
 
-    def _from_memory(self, pixels: Tensor, epoch: int, place: int, indices: NDArray[np.int64]) -> Batch:
+    def _from_memory(self, pixels: PixelTable, epoch: int, place: int, indices: NDArray[np.int64]) -> Batch:
         shown = indices
         if self.unreadable:
             count = len(self.source)
             shown = np.array([readable_instead(self.unreadable, self.seed, epoch, int(i), count) for i in indices])
-        draws = draw_views(self.augmentation, self.seed, epoch, indices, np.array(pixels.shape[-2:]), batch=place)
+        sizes = np.array(pixels.shape[-2:])
+        draws = draw_views(self.augmentation, self.seed, epoch, indices, sizes, self.channels, place)
         return self._batch(indices, shown, draws, []) | {"images": pixels[torch.from_numpy(shown)]}
 
     def _batch(
@@ -115,10 +126,9 @@ class ViewsDataset(Dataset[Batch]):
         return batch | {"unreadable": unreadable} if unreadable else batch
 
 
-def _empty_views(count: int, image: Tensor, size: int) -> Tensor:
+def _empty_views(count: int, channels: int, size: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised (B, 2, C, size, size), the channels of a pixel side by side as the resize writes them."""
-    shape = (count, VIEWS, size, size, image.shape[0])
-    return torch.empty(shape, dtype=image.dtype).movedim(-1, 2)
+    return torch.empty((count, VIEWS, size, size, channels), dtype=dtype).movedim(-1, 2)
 
 
 def keep(batch: Any) -> Any:

@@ -15,7 +15,7 @@ from simclr_scale.data.sources import Source
 from simclr_scale.distributed import all_gather, require_equal_across_ranks, world
 from simclr_scale.errors import InputError
 
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image | torch.Tensor], torch.Tensor]
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

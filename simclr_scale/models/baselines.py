@@ -53,3 +53,29 @@ class ColorHistogramEncoder(nn.Module):
             cells = cells * self.bins + levels[:, channel]
         histogram = images.new_zeros(len(images), self.num_features)
         return histogram.scatter_add_(1, cells, torch.full_like(cells, 1 / cells.shape[1], dtype=images.dtype))
+
+
+class BandHistogramEncoder(nn.Module):
+    """One histogram a channel, side by side: images (B, in_chans, H, W) in [0, 1] -> (B, in_chans * bins).
+
+    For images whose joint histogram says nothing: grey ones, and those of many bands. Bins as in
+    `ColorHistogramEncoder`.
+    """
+
+    def __init__(self, bins: int = 8, in_chans: int = 1) -> None:
+        super().__init__()
+        if bins < 1 or in_chans < 1:
+            raise InputError(f"band histogram: bins={bins} and in_chans={in_chans} must be at least 1")
+        self.bins = bins
+        self.in_chans = in_chans
+        self.num_features = bins * in_chans
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            raise InputError(
+                f"band histogram: images are {tuple(images.shape)} {images.dtype}, "
+                f"not (B, {self.in_chans}, H, W) of a floating-point type in [0, 1]"
+            )
+        cells = (images * self.bins).long().clamp(0, self.bins - 1).flatten(2)
+        histogram = images.new_zeros(*cells.shape[:2], self.bins)
+        return histogram.scatter_add_(2, cells, torch.full_like(images.flatten(2), 1 / cells.shape[2])).flatten(1)

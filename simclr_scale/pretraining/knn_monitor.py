@@ -1,5 +1,6 @@
 """Is it learning? kNN accuracy on held-out images while training goes on, and beside three baselines at its end."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from simclr_scale.bundle import ImageTransform, load_encoder
+from simclr_scale.bundle import ImageTransform, baseline
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.data.sources import Source
 from simclr_scale.distributed import world
@@ -17,7 +18,11 @@ from simclr_scale.evaluation.knn import knn_classify
 from simclr_scale.evaluation.metrics import top1
 from simclr_scale.pretraining.progress import RunProgress
 
-BASELINES = {"raw_pixels": "pixels:16", "color_histogram": "histogram:8"}
+_RGB = 3
+_SIDE_OF_RAW_PIXELS = 16
+# Raw pixels of hundreds of bands take a smaller side: neighbours are sought among all of them in memory.
+_MOST_RAW_PIXELS = 8192
+_BINS = {1: 64}
 
 
 class KNNMonitor(pl.Callback):
@@ -81,11 +86,14 @@ class KNNMonitor(pl.Callback):
     def scores(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
         """The trained encoder beside three that learnt nothing; empty where no labels are held out.
 
-        The others are raw pixels, colour histograms and the encoder as it was before training.
+        The others are raw pixels, histograms of the colours or of each band, and the encoder as it was before training.
         """
         if self.untrained is None:
             return {}
-        baselines = {name: self.top1(trainer, *load_encoder(spec)) for name, spec in BASELINES.items()}
+        baselines = {}
+        for name, spec in baselines_for(pl_module.transform).items():
+            encoder, transform = baseline(spec, pl_module.transform.channels)
+            baselines[name] = self.top1(trainer, encoder, transform.with_value_range(pl_module.transform.value_range))
         if self._trained is None or self._trained[0] != trainer.global_step:
             self._trained = trainer.global_step, self.top1(trainer, pl_module.encoder, pl_module.transform)
         return {**baselines, "untrained": self.untrained, "trained": self._trained[1]}
@@ -114,6 +122,14 @@ class KNNMonitor(pl.Callback):
         self.left_out = left_out
         (train, train_labels), (test, test_labels) = parts
         return top1(knn_classify(train, train_labels, test, self.k, self.temperature), test_labels)
+
+
+def baselines_for(transform: ImageTransform) -> dict[str, str]:
+    """Names and specs of what learns nothing, for images of this transform."""
+    channels, height, width = transform.config["input_size"]
+    side = max(1, min(_SIDE_OF_RAW_PIXELS, height, width, math.isqrt(_MOST_RAW_PIXELS // channels)))
+    histogram = "color_histogram" if channels == _RGB else "grey_histogram" if channels == 1 else "band_histogram"
+    return {"raw_pixels": f"pixels:{side}", histogram: f"histogram:{_BINS.get(channels, 8)}"}
 
 
 def _has_held_out_images(trainer: pl.Trainer) -> bool:

@@ -17,14 +17,16 @@ from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.bad_files import BadFiles
 from simclr_scale.pretraining.data_wait import DataWait
-from simclr_scale.pretraining.knn_monitor import KNNMonitor, labelled_images
+from simclr_scale.pretraining.knn_monitor import KNNMonitor, baselines_for, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
 
 CONFIG = "config.yaml"
 _Callback = TypeVar("_Callback", bound=pl.Callback)
 _LABELS = {
-    "raw_pixels": "raw pixels (16 px)",
+    "raw_pixels": "raw pixels",
     "color_histogram": "colour histogram",
+    "grey_histogram": "grey histogram",
+    "band_histogram": "histogram of each band",
     "untrained": "untrained encoder",
     "trained": "trained encoder",
 }
@@ -87,7 +89,7 @@ class RunFolder(pl.Callback):
         beside = self.folder / ".summary.json.partial"
         beside.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(beside, self.folder / "summary.json")
-        self._tell(trainer, scores)
+        self._tell(trainer, pl_module, scores)
 
     def _summary(self, trainer: Any, monitor: KNNMonitor | None, scores: dict[str, float]) -> dict[str, Any]:
         data = trainer.datamodule
@@ -135,7 +137,7 @@ class RunFolder(pl.Callback):
         else:
             os.replace(fresh, final)
 
-    def _tell(self, trainer: Any, scores: dict[str, float]) -> None:
+    def _tell(self, trainer: Any, pl_module: Any, scores: dict[str, float]) -> None:
         source = trainer.datamodule.source
         say = self.console.print
         if scores:
@@ -145,8 +147,10 @@ class RunFolder(pl.Callback):
             )
             table = Table("features", box=box.ROUNDED)
             table.add_column("top-1", justify="right")
+            labels = dict(_LABELS)
+            labels["raw_pixels"] += f" ({baselines_for(pl_module.transform)['raw_pixels'].partition(':')[2]} px)"
             for name, value in scores.items():
-                table.add_row(_LABELS[name], f"{value:.1%}", style="bold" if name == "trained" else "")
+                table.add_row(labels[name], f"{value:.1%}", style="bold" if name == "trained" else "")
             say(table)
         else:
             say(f"{source} has no labels, so there is no kNN score; try the encoder on a labelled set:")

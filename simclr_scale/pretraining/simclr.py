@@ -22,8 +22,6 @@ from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.pretraining.probe import OnlineProbe
 
-_RGB = 3
-
 # Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
 OptimizerOfGroups = Callable[[Iterable[Any], float], Optimizer]
 
@@ -118,8 +116,10 @@ class SimCLR(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         classes = self.probe_classes
         if isinstance(data, SimCLRDataModule):
-            size = (_RGB, data.image_size, data.image_size)
-            self.transform = ImageTransform(size, crop_pct=data.augmentation.evaluation_crop)
+            size = (data.channels, data.image_size, data.image_size)
+            self.transform = ImageTransform(
+                size, crop_pct=data.augmentation.evaluation_crop, value_range=data.value_range
+            )
             classes = data.num_classes if classes is None else classes
             self._require_images_of(size)
         elif self.transform is None:
@@ -137,12 +137,18 @@ class SimCLR(pl.LightningModule):
     @torch.no_grad()
     def _require_images_of(self, size: tuple[int, int, int]) -> None:
         """A vision transformer, for one, takes images of one size only: find out before training does."""
+        channels, height, width = size
+        taken = getattr(getattr(self.encoder, "architecture", None), "in_chans", channels)
+        if taken != channels:
+            raise InputError(
+                f"model.encoder takes images of {taken} channels, and those of the data have {channels}: "
+                f"set model.encoder.init_args.in_chans to {channels}, or another data.preset"
+            )
         modes = [(module, module.training) for module in self.encoder.modules()]
         try:
             self.encoder.eval()(torch.zeros(1, *size, dtype=next(self.parameters()).dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())
-            channels, height, width = size
             raise InputError(
                 f"model.encoder does not take images of {channels} x {height} x {width} (data.image_size): {reason}"
             ) from error

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from simclr_scale.data.splits import stratified_split
 from simclr_scale.errors import InputError
@@ -29,11 +30,16 @@ class Source(Protocol):
     """(N,) int64, index into `classes`, -1 where an image has no label."""
     split_description: str
     """Which part of the data set this is, for the manifest."""
+    # Sources may also say `channels`, those of their images; without it they are RGB (`simclr_scale.data.pixels`).
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image:
-        """The image, upright, 8-bit RGB. Raises InputError naming it when it cannot be read."""
+    def image(self, index: int) -> Image.Image | Tensor:
+        """The image, upright. Raises InputError naming it when it cannot be read.
+
+        A picture is of mode RGB, or of L (8 bits) or I;16 where the source was opened for one channel; an array comes
+        as the raw values (C, H, W), uint8 or float32.
+        """
 
     def fingerprint(self) -> str:
         """sha256 in hex over what identifies images and labels; the same on every machine, computed at each call."""
@@ -62,13 +68,14 @@ class SubsetSource:
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = source.name
         self.classes = source.classes
+        self.channels: int = getattr(source, "channels", 3)
         self.labels = source.labels[self.indices]
         self.split_description = split_description or f"{self.indices.size} images of {source.split_description}"
 
     def __len__(self) -> int:
         return self.indices.size
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image | Tensor:
         return self._source.image(int(self.indices[index]))
 
     def fingerprint(self) -> str:

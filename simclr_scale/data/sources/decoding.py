@@ -54,7 +54,7 @@ def decode_rgb(file: str | BinaryIO, where: str) -> Image.Image:
     Raises:
         InputError: the image is missing, damaged, larger than `MAX_PIXELS` or of a kind that has no 8-bit RGB form.
     """
-    with _opened(file, where) as image:
+    with opened(file, where) as image:
         return to_rgb(image)
 
 
@@ -77,7 +77,7 @@ def decode_tensor(encoded: bytes, where: str) -> "Tensor":
     """
     import torch
 
-    with _opened(io.BytesIO(encoded), where) as image:
+    with opened(io.BytesIO(encoded), where) as image:
         is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
         pixels = _decode_jpeg(encoded) if is_jpeg else None
         if pixels is None:
@@ -105,7 +105,7 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(file: str | BinaryIO, where: str) -> Iterator[Image.Image]:
+def opened(file: str | BinaryIO, where: str) -> Iterator[Image.Image]:
     """The image of a file, only its header read. What goes wrong then and in the block is an InputError."""
     try:
         with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def _opened(file: str | BinaryIO, where: str) -> Iterator[Image.Image]:
                     raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
                 yield image
     except UNREADABLE as error:
-        raise InputError(f"{where}: not a readable image ({_one_line(error)})") from error
+        raise InputError(f"{where}: not a readable image ({one_line(error)})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -145,7 +145,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image, loaded, turned as its EXIF orientation says."""
+    """The image, loaded, turned as its EXIF orientation says, in its own mode."""
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
@@ -160,7 +160,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error as part of a line, its type where it has none."""
     if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
         return "no known image format"
     return " ".join(str(error).split()) or type(error).__name__

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
+from simclr_scale.data.sources.arrays import ChannelAxis
 from simclr_scale.data.sources.base import Source, held_out_part
 from simclr_scale.data.sources.folders import open_folder
 from simclr_scale.data.sources.named_splits import NoSuchPart, SplitRequest
@@ -13,10 +14,11 @@ from simclr_scale.data.sources.packed import ALL, is_packed, open_packed
 from simclr_scale.data.sources.shards import open_shards, refuse_stream
 from simclr_scale.errors import InputError
 
+DEFAULT_PATCH_SIZE = 9
 Split = Literal["train", "val", "test"]
 
-_KINDS = "a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
-_PREFIXES = ("torch/", "hfds/", "wds/")
+_KINDS = "a folder of images or arrays, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
+_PREFIXES = ("torch/", "hfds/", "wds/", "patches/")
 
 
 def open_source(
@@ -29,6 +31,10 @@ def open_source(
     image_key: str | None = None,
     label_key: str | None = None,
     seed: int = 0,
+    channels: int = 3,
+    arrays: bool = False,
+    channel_axis: ChannelAxis | None = None,
+    patch_size: int = DEFAULT_PATCH_SIZE,
 ) -> Source:
     """Open one part of a data set.
 
@@ -39,6 +45,7 @@ def open_source(
     - `torch/NAME`: a data set of torchvision.datasets below `root`; never downloaded
     - `hfds/PATH_OR_ID`: a folder of parquet files, or a data set of the Hugging Face hub
     - `wds/PATTERN`: WebDataset shards in local files, read by an index (`open_shards`)
+    - `patches/FILE`: the patches around the pixels of one scene of many bands (`open_patches`)
     - `textures`: the generated data set
 
     A data set with splits of its own uses them, `train_split` and `test_split` naming them where they are not called
@@ -51,26 +58,43 @@ def open_source(
         split: the part.
         train_split: the data set's name for its train split.
         test_split: the data set's name for its test split.
-        image_key: the column of images in a table, or their extension in shards; by default found by type.
-        label_key: the column of labels in a table, or their extension or field in shards; by default found by type;
-            empty for none.
+        image_key: the column of images in a table, their extension in shards, or the variable of .mat files; by default
+            found by type.
+        label_key: the column of labels in a table, their extension or field in shards, or the variable that labels a
+            scene; by default found by type; empty for none.
         seed: of the split of a data set that brings none, and of the textures.
+        channels: of pictures: 3 gives RGB, 1 grey. Arrays have those they have; `source.channels` tells.
+        arrays: a folder's images are its arrays, .tif among them, where it holds any, and not its pictures.
+        channel_axis: which axis of arrays is that of the channels, 0 or -1; None finds it or asks.
+        patch_size: side of the patches of `patches/`, in pixels.
 
     Raises:
         InputError: anything about the data set that the user has to mend, found before any image is decoded.
     """
     if split not in get_args(Split):
         raise InputError(f"split {split!r}: must be one of {', '.join(get_args(Split))}")
-    if not spec.startswith(("hfds/", "wds/")) and (image_key or label_key):
-        raise InputError(f"{spec}: has no columns; image_key and label_key belong to hfds/ and wds/ sources")
-    if spec == "textures":
-        return _textures(split, train_split or test_split, seed)
-    request = SplitRequest(split, train_split, test_split)
     root = os.fspath(root) if root is not None else None
     packed = _packed_folder(spec, root)
+    is_scene, is_folder = spec.startswith("patches/"), _is_folder(spec) and packed is None
+    has_columns = is_scene or spec.startswith(("hfds/", "wds/"))
+    if (label_key and not has_columns) or (image_key and not (has_columns or is_folder)):
+        raise InputError(
+            f"{spec}: has no columns; image_key and label_key belong to hfds/ and wds/ sources and .mat files"
+        )
+    if spec == "textures":
+        return _textures(split, train_split or test_split, seed, channels)
+    request = SplitRequest(split, train_split, test_split)
     if packed is not None:
-        return open_packed(spec, packed, request, seed)
-    source, whole = _open(spec, root, request, image_key, label_key)
+        return open_packed(spec, packed, request, seed, channels)
+    if is_scene:
+        from simclr_scale.data.sources.patches import open_patches
+
+        if request.named:
+            raise InputError(f"{spec}: has no splits: leave out train_split and test_split")
+        path = _in_root(spec.removeprefix("patches/"), root)
+        keys = {"image_key": image_key, "label_key": label_key}
+        return open_patches(spec, path, split, patch_size=patch_size, channel_axis=channel_axis, seed=seed, **keys)
+    source, whole = _open(spec, root, request, image_key, label_key, channels, arrays, channel_axis)
     return held_out_part(source, split, seed) if whole else source
 
 
@@ -93,6 +117,8 @@ def open_parts(
     root = os.fspath(root) if root is not None else None
     if spec == "textures":
         raise InputError("textures: are generated; there is nothing to pack")
+    if spec.startswith("patches/"):
+        raise InputError(f"{spec}: a scene is read whole, so there is nothing to pack")
     if _packed_folder(spec, root) is not None:
         raise InputError(f"{spec}: is packed already; for another size, pack its source, as every resize costs detail")
 
@@ -109,41 +135,55 @@ def open_parts(
 
 
 def _open(
-    spec: str, root: str | None, request: SplitRequest, image_key: str | None, label_key: str | None
+    spec: str,
+    root: str | None,
+    request: SplitRequest,
+    image_key: str | None,
+    label_key: str | None,
+    channels: int = 3,
+    arrays: bool = False,
+    channel_axis: ChannelAxis | None = None,
 ) -> tuple[Source, bool]:
     """The named split, and whether it is the whole data set, still to be divided."""
     if spec.startswith("torch/"):
         # torchvision takes long to import.
         from simclr_scale.data.sources.torchvision_sets import open_torchvision
 
-        return open_torchvision(spec, spec.removeprefix("torch/"), root, request)
+        return open_torchvision(spec, spec.removeprefix("torch/"), root, request, channels)
     if spec.startswith("hfds/"):
         from simclr_scale.data.sources.tables import open_table
 
-        return open_table(spec, _table_location(spec, root), request, image_key, label_key)
+        return open_table(spec, _table_location(spec, root), request, image_key, label_key, channels)
     if spec.startswith("wds/"):
         pattern = spec.removeprefix("wds/")
-        return open_shards(spec, pattern, _in_root("", root), request, image_key, label_key)
+        return open_shards(spec, pattern, _in_root("", root), request, image_key, label_key, channels)
     refuse_stream(spec, spec)
     folder = _in_root(spec, root)
     if not os.path.isdir(folder):
         raise InputError(_why_no_folder(spec, folder))
-    return open_folder(spec, folder, request)
+    return open_folder(
+        spec, folder, request, channels=channels, arrays=arrays, channel_axis=channel_axis, image_key=image_key
+    )
+
+
+def _is_folder(spec: str) -> bool:
+    return spec != "textures" and not spec.startswith(_PREFIXES)
 
 
 def _packed_folder(spec: str, root: str | None) -> str | None:
     """The folder, where it is a packed one."""
     path = spec.removeprefix("wds/")
-    folder = _in_root(path, root) if path and not spec.startswith(("torch/", "hfds/")) else ""
+    is_path = spec.startswith("wds/") or _is_folder(spec)
+    folder = _in_root(path, root) if path and is_path else ""
     return folder if folder and is_packed(folder) else None
 
 
-def _textures(split: Split, named_split: str | None, seed: int) -> Source:
+def _textures(split: Split, named_split: str | None, seed: int, channels: int) -> Source:
     from simclr_scale.data.textures import TextureSource
 
     if named_split is not None:
         raise InputError(f"textures: has no split {named_split!r}: leave out train_split and test_split")
-    return TextureSource(split=split, seed=seed)
+    return TextureSource(split=split, seed=seed, channels=1 if channels == 1 else 3)
 
 
 def _in_root(path: str, root: str | None) -> str:
@@ -164,9 +204,7 @@ def _table_location(spec: str, root: str | None) -> str:
 def _why_no_folder(spec: str, folder: str) -> str:
     place = spec if spec == folder else f"{spec} ({folder})"
     if os.path.exists(folder):
-        return (
-            f"{place}: is a file; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
-        )
+        return f"{place}: is a file; a source is {_KINDS}"
     prefix, slash, rest = spec.partition("/")
     close = (
         get_close_matches(prefix.lower() + slash, _PREFIXES, n=1) if slash else get_close_matches(spec, ["textures"])
@@ -174,9 +212,7 @@ def _why_no_folder(spec: str, folder: str) -> str:
     close = [close[0] + rest] if close else _siblings(folder)
     if close:
         return f"{place}: no such folder; did you mean {close[0]}?"
-    return (
-        f"{place}: no such folder; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN or textures"
-    )
+    return f"{place}: no such folder; a source is {_KINDS}"
 
 
 def _siblings(folder: str) -> list[str]:

@@ -152,8 +152,8 @@ class PackedSource(ShardSource):
         return f"{self._reader.paths[self._shards[index]]}, image {self.file_name(index) or index}"
 
 
-def open_packed(name: str, folder: str, request: SplitRequest, seed: int) -> Source:
-    """One part of a packed folder.
+def open_packed(name: str, folder: str, request: SplitRequest, seed: int, channels: int = 3) -> Source:
+    """One part of a packed folder, its images decoded to RGB, or for one channel to grey.
 
     A data set without splits of its own is cut as its source would be with this seed, although unreadable images are
     missing.
@@ -166,11 +166,11 @@ def open_packed(name: str, folder: str, request: SplitRequest, seed: int) -> Sou
     if splits == [ALL]:
         if request.named:
             raise InputError(f"{name}: its source had no splits: leave out train_split and test_split")
-        return _divided(_source(name, index, ALL), index, request.part, seed)
-    return _source(name, index, request.choose(splits, name).name)
+        return _divided(_source(name, index, ALL, channels), index, request.part, seed)
+    return _source(name, index, request.choose(splits, name).name, channels)
 
 
-def _source(name: str, index: Index, split: str) -> PackedSource:
+def _source(name: str, index: Index, split: str, channels: int) -> PackedSource:
     numbers = [number for number, entry in enumerate(index.shards) if entry["split"] == split]
     counts = [index.shards[number]["images"] for number in numbers]
     of_image = np.repeat([entry["split"] == split for entry in index.shards], [e["images"] for e in index.shards])
@@ -187,6 +187,7 @@ def _source(name: str, index: Index, split: str) -> PackedSource:
         index.arrays["labels"][rows],
         tuple(index.facts["classes"]),
         f"{index.facts['splits'][split]['description']}, packed at {side} px",
+        1 if channels == 1 else 3,
     )
     source.checksums = tuple(index.shards[number]["sha256"] for number in numbers)
     return source

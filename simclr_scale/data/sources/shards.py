@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_scale.data.sources.base import Source, digest, label_bytes
-from simclr_scale.data.sources.decoding import decode_rgb
+from simclr_scale.data.sources.grey import decode
 from simclr_scale.data.sources.named_splits import SplitRequest, has_train_and_test, is_split_name, is_train_name
 from simclr_scale.data.sources.packed_names import PackedNames
 from simclr_scale.data.sources.shard_reader import ShardReader
@@ -34,6 +34,7 @@ class ShardSource:
         labels: (N,) int64, -1 for none.
         classes: their names.
         split_description: for the manifest.
+        channels: 3 decodes images to RGB, 1 to grey.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class ShardSource:
         labels: np.ndarray,
         classes: tuple[str, ...],
         split_description: str,
+        channels: int = 3,
     ) -> None:
         self.name = name
         self.labels = labels
         self.classes = classes
         self.split_description = split_description
+        self.channels = channels
         self._reader = ShardReader(paths)
         self._shards = shards.astype(np.int32)
         self._offsets, self._sizes = offsets.astype(np.int64), sizes.astype(np.int64)
@@ -61,7 +64,7 @@ class ShardSource:
         return self._offsets.size
 
     def image(self, index: int) -> Image.Image:
-        return decode_rgb(io.BytesIO(self.encoded(index)), self.describe(index))
+        return decode(io.BytesIO(self.encoded(index)), self.describe(index), self.channels)
 
     def encoded(self, index: int) -> bytes:
         return self._reader.read(int(self._shards[index]), int(self._offsets[index]), int(self._sizes[index]))
@@ -80,7 +83,13 @@ class ShardSource:
 
 
 def open_shards(
-    name: str, pattern: str, root: str, request: SplitRequest, image_key: str | None, label_key: str | None
+    name: str,
+    pattern: str,
+    root: str,
+    request: SplitRequest,
+    image_key: str | None,
+    label_key: str | None,
+    channels: int = 3,
 ) -> tuple[Source, bool]:
     """One split of WebDataset shards, and whether it is the whole data set, still to be divided.
 
@@ -97,6 +106,7 @@ def open_shards(
         image_key: extension of the image members; by default those of image files.
         label_key: extension of the label members, or field of the JSON members; by default ``cls``, ``label``, a field
             ``label``, ``cls``, ``class`` or ``class_id`` of ``json``, or a number in ``txt``. Empty for no labels.
+        channels: 1 decodes images to grey, else to RGB.
 
     Raises:
         InputError: a stream, no shards, a damaged shard, no images, or not the split asked for.
@@ -129,6 +139,7 @@ def open_shards(
         labels,
         classes,
         description,
+        1 if channels == 1 else 3,
     )
     return source, whole
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simclr_scale.data.sources.base import Source, digest, label_bytes, sampled_rows
 from simclr_scale.data.sources.columns import find_image_column, find_label_column, read_labels
-from simclr_scale.data.sources.decoding import decode_rgb
+from simclr_scale.data.sources.grey import decode
 from simclr_scale.data.sources.named_splits import SplitRequest
 from simclr_scale.errors import InputError
 
@@ -20,12 +20,20 @@ class TableSource:
     """One split of a Hugging Face data set, its images read from the memory-mapped Arrow table."""
 
     def __init__(
-        self, name: str, table: Any, image_column: str, labels: np.ndarray, classes: tuple[str, ...], split: str
+        self,
+        name: str,
+        table: Any,
+        image_column: str,
+        labels: np.ndarray,
+        classes: tuple[str, ...],
+        split: str,
+        channels: int = 3,
     ) -> None:
         self.name = name
         self.classes = classes
         self.labels = labels
         self.split_description = f"split {split}"
+        self.channels = channels
         # The library's table, not a column of it: pickled for a spawned worker it is a file name, not the data.
         self._table = table
         self._image_column = image_column
@@ -34,7 +42,7 @@ class TableSource:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        return decode_rgb(io.BytesIO(self.encoded(index)), self.describe(index))
+        return decode(io.BytesIO(self.encoded(index)), self.describe(index), self.channels)
 
     def fingerprint(self) -> str:
         """Over labels, the length of every encoded image, and the bytes of all (of more than 1,024: evenly spaced)."""
@@ -61,7 +69,12 @@ class TableSource:
 
 
 def open_table(
-    name: str, location: str, request: SplitRequest, image_key: str | None, label_key: str | None
+    name: str,
+    location: str,
+    request: SplitRequest,
+    image_key: str | None,
+    label_key: str | None,
+    channels: int = 3,
 ) -> tuple[Source, bool]:
     """One split of a local folder or hub data set, and whether it is the whole data set, still to be divided.
 
@@ -73,6 +86,7 @@ def open_table(
         request: the split.
         image_key: the column of images; by default the one of type Image, else of encoded bytes.
         label_key: the column of labels; by default the one of type ClassLabel, else of integers. Empty: no labels.
+        channels: 3 decodes images to RGB, 1 to grey.
 
     Raises:
         InputError: the library is missing, the data set cannot be opened, or a split or column cannot be found.
@@ -86,7 +100,7 @@ def open_table(
     classes: tuple[str, ...] = ()
     if label_column is not None:
         labels, classes = read_labels([splits[part] for part in choice.parts], chosen, label_column, name)
-    return TableSource(name, chosen.data, image_column, labels, classes, choice.name), choice.whole
+    return TableSource(name, chosen.data, image_column, labels, classes, choice.name, channels), choice.whole
 
 
 def _load(name: str, location: str) -> dict[str, Any]:

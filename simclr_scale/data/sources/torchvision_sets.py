@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision import datasets
 
 from simclr_scale.data.sources.base import Source, digest, file_size, label_bytes, read_file, sampled_rows
-from simclr_scale.data.sources.decoding import UNREADABLE, decode_rgb, to_rgb
+from simclr_scale.data.sources.decoding import UNREADABLE, to_rgb
+from simclr_scale.data.sources.grey import decode, to_grey
 from simclr_scale.data.sources.named_splits import SplitRequest
 from simclr_scale.errors import InputError
 
@@ -29,11 +30,13 @@ class TorchvisionSource:
         dataset: of torchvision; its images may be paths (by a loader that returns its argument).
         root: the folder it was read from.
         split_description: for the manifest.
+        channels: 3 gives RGB images, 1 grey ones.
     """
 
-    def __init__(self, name: str, dataset: Any, root: str, split_description: str) -> None:
+    def __init__(self, name: str, dataset: Any, root: str, split_description: str, channels: int = 3) -> None:
         self.name = name
         self.split_description = split_description
+        self.channels = channels
         self._dataset = dataset
         self._root = root
         self._has_paths = isinstance(dataset[0][0], str)
@@ -46,9 +49,9 @@ class TorchvisionSource:
     def image(self, index: int) -> Image.Image:
         if self._has_paths:
             path = self._dataset[index][0]
-            return decode_rgb(path, path)
+            return decode(path, path, self.channels)
         try:
-            return to_rgb(self._dataset[index][0])
+            return (to_grey if self.channels == 1 else to_rgb)(self._dataset[index][0])
         except UNREADABLE as error:
             raise InputError(f"{self.describe(index)}: not a readable image ({error})") from error
 
@@ -70,10 +73,12 @@ class TorchvisionSource:
         if self._has_paths:
             path = self._dataset[index][0]
             return f"{os.path.relpath(path, self._root)} {file_size(path)}".encode()
-        return self.image(index).tobytes()
+        return to_rgb(self._dataset[index][0]).tobytes()
 
 
-def open_torchvision(name: str, dataset_name: str, root: str | None, request: SplitRequest) -> tuple[Source, bool]:
+def open_torchvision(
+    name: str, dataset_name: str, root: str | None, request: SplitRequest, channels: int = 3
+) -> tuple[Source, bool]:
     """One split of a data set, and whether it is the whole data set, still to be divided.
 
     Args:
@@ -81,6 +86,7 @@ def open_torchvision(name: str, dataset_name: str, root: str | None, request: Sp
         dataset_name: a class of torchvision.datasets, in any case.
         root: the folder that torchvision calls root.
         request: the split.
+        channels: 3 gives RGB images, 1 grey ones.
 
     Raises:
         InputError: the name is unknown, the data set is not one of single images, its files are missing, or there is
@@ -100,7 +106,8 @@ def open_torchvision(name: str, dataset_name: str, root: str | None, request: Sp
     if split_key is None:
         if request.named:
             raise InputError(f"{name}: {dataset_class.__name__} has no splits: leave out train_split and test_split")
-        return TorchvisionSource(name, _create(name, dataset_class, root, keywords), root, "all images"), True
+        dataset = _create(name, dataset_class, root, keywords)
+        return TorchvisionSource(name, dataset, root, "all images", channels), True
     values: Mapping[str, str | bool]
     if split_key == "train":
         values = {"train": True, "test": False}
@@ -108,7 +115,7 @@ def open_torchvision(name: str, dataset_name: str, root: str | None, request: Sp
         values = {value: value for value in _split_names(name, dataset_class, root, keywords, split_key)}
     choice = request.choose(list(values), name)
     dataset = _create(name, dataset_class, root, {split_key: values[choice.name], **keywords})
-    return TorchvisionSource(name, dataset, root, f"split {choice.name}"), choice.whole
+    return TorchvisionSource(name, dataset, root, f"split {choice.name}", channels), choice.whole
 
 
 def _dataset_class(name: str, dataset_name: str) -> type:

@@ -239,8 +239,8 @@ def test_file_names_that_are_no_text(tmp_path: Path) -> None:
 def test_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no image"):
         open_source(str(tmp_path))
-    (tmp_path / "scan.mat").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds scan\.mat and the like, but no image.*\.jpg"):
+    (tmp_path / "scan.dcm").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds scan\.dcm and the like, but no image.*\.jpg"):
         open_source(str(tmp_path))
     write_images(tmp_path, "train/cat/1.png", "train/dog/1.png")
     (tmp_path / "test").mkdir()
