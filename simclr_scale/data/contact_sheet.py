@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simclr_scale.data.augmentation import Augmentation
 from simclr_scale.data.color import ORDERS
-from simclr_scale.data.draws import BOX, Draw
+from simclr_scale.data.draws import BOX, ChannelDraw, Draw
 from simclr_scale.errors import InputError
 
 _GAP = 10
@@ -28,6 +28,7 @@ _JITTERS = (
     ("saturation", Draw.SATURATION),
     ("hue", Draw.HUE),
 )
+_BY_CHANNEL = {"brightness": ChannelDraw.BRIGHTNESS, "contrast": ChannelDraw.CONTRAST}
 
 
 def contact_sheet(
@@ -80,6 +81,7 @@ def contact_sheet(
 def describe_draws(draws: NDArray[np.float32], size: tuple[int, int], augmentation: Augmentation) -> list[str]:
     """What was done to one view, in order, from its draws (P,) and the height and width of its image."""
     height, width = draws[Draw.HEIGHT], draws[Draw.WIDTH]
+    channels = (len(draws) - len(Draw)) // len(ChannelDraw)
     text = [f"crop {height * width / (size[0] * size[1]):.0%}, {int(width)} x {int(height)}"]
     if draws[Draw.FLIP]:
         text.append("flip")
@@ -87,10 +89,18 @@ def describe_draws(draws: NDArray[np.float32], size: tuple[int, int], augmentati
         additive = augmentation.color_ops == "google" and augmentation.brightness_mode == "additive"
         for number in ORDERS[int(draws[Draw.ORDER])]:
             name, column = _JITTERS[number]
-            signed = name == "hue" or (name == "brightness" and additive)
-            text.append(f"{name} {draws[column]:{'+.2f' if signed else '.2f'}}")
+            if getattr(augmentation, name) == 0:
+                continue
+            kind = "+.2f" if name == "hue" or (name == "brightness" and additive) else ".2f"
+            if augmentation.per_channel and name in _BY_CHANNEL:
+                factors = draws[_BY_CHANNEL[name].columns(channels)]
+                text.append(f"{name} {factors.min():{kind}} to {factors.max():{kind}}")
+            else:
+                text.append(f"{name} {draws[column]:{kind}}")
     if draws[Draw.GREY]:
         text.append("grey")
+    if augmentation.channel_drop > 0 and (dropped := int(draws[ChannelDraw.DROP.columns(channels)].sum())):
+        text.append(f"{dropped} of {channels} channels dropped")
     if draws[Draw.BLUR]:
         text.append(f"blur {draws[Draw.SIGMA]:.1f} px")
     return text

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_scale.data.packed_images import encode, pack_image
@@ -147,7 +148,7 @@ def pack(
     for source in parts.values():
         if not len(source):
             raise InputError(f"{spec}: {source.split_description} holds no image")
-        if encoded_image(source, 0) is None and not hasattr(source.image(0), "mode"):
+        if encoded_image(source, 0) is None and not isinstance(source.image(0), Image.Image):
             raise InputError(f"{spec}: its images are arrays, which need no decoding; train on them as they are")
     plan = {
         "format": FORMAT,

@@ -40,7 +40,7 @@ def test_a_workers_batch() -> None:
     assert batch["index"].tolist() == [5, 0, 8, 2]
     assert batch["label"].tolist() == [1, 0, 0, 0]
     assert batch["label"].dtype == batch["index"].dtype == torch.int64
-    for row, (epoch, index) in enumerate(KEYS):
+    for row, (epoch, index, _) in enumerate(KEYS):
         image = pil_to_tensor(source.image(index))
         draws = draw_views(NATURAL, 1, epoch, [index], np.array(image.shape[-2:]))[0]
         np.testing.assert_array_equal(batch["draws"][row], draws)
@@ -59,7 +59,7 @@ def test_a_batch_in_memory() -> None:
     batch = from_memory(source).__getitems__(KEYS)
     assert set(batch) == {"images", "draws", "label", "index"}
     assert batch["images"].dtype == torch.uint8
-    for row, (_, index) in enumerate(KEYS):
+    for row, (_, index, _) in enumerate(KEYS):
         assert torch.equal(batch["images"][row], pil_to_tensor(source.image(index)))
     on_disk = from_disk(source).__getitems__(KEYS)
     for name in ("draws", "label", "index"):

@@ -66,7 +66,8 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, monkeypatch: pytest
         == f"pictuers ({tmp_path / 'pictuers'}): no such folder; did you mean {tmp_path / 'pictures'}?"
     )
     assert "is a file; a source is a folder" in message(str(tmp_path / "pictures" / "a.png"))
-    assert "torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures" in message(str(tmp_path / "nowhere" / "at" / "all"))
+    kinds = "torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
+    assert kinds in message(str(tmp_path / "nowhere" / "at" / "all"))
 
 
 @pytest.mark.parametrize(
