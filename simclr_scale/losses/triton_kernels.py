@@ -16,7 +16,7 @@ to a running maximum and to two exponentials.
 
 S is symmetric, and on one rank half of its tiles would do. The kernels do not use this: the tile's share in the other
 half's rows would have to be added atomically, in an order that changes from run to run, or be reduced across the
-threads of a block, which costs about as much as the exponentials it saves. Equal input gives equal bits here.
+threads of a block, by our count at about the cost of the exponentials it saves. Equal input gives equal bits here.
 """
 
 import math
@@ -39,8 +39,8 @@ except ImportError:  # builds of torch for the CPU come without it
 LOG2E = math.log2(math.e)
 # exp(-85) is a normal float32, with room for rows whose rounding to bfloat16 made them longer than 1.
 LARGEST_SPREAD = 85.0
-# float32 must stay float32: the tensor cores' three-product form ("tf32x3") truncates as it accumulates, which at
-# low temperatures costs more than the tolerance of 1e-5.
+# float32 must stay float32. The tensor cores' form in three products ("tf32x3") is faster and nearly as exact, but a
+# cosine's error is multiplied by 1/temperature, and the interpreter cannot show how large theirs is.
 FLOAT32_PRODUCTS = "ieee"
 # Of a split of the columns: its least steps, so that its start does not count, and the most numbers (64 MiB) that all
 # splits together keep before they are added.
@@ -188,7 +188,6 @@ def repulsion(
             first,
             steps,
             scale,
-            scale - torch.tensor(scale, dtype=torch.float32).item(),  # what float32 drops of the scale
             WIDTH=z.shape[1],
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
@@ -274,10 +273,10 @@ def _roomy(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 << 10
 
 
-# The tables below are chosen for H100 and H200 by what the compiler reports for them: no register is spilled, and two
-# programs of the first kernel fit a multiprocessor at width 128, so that one's exponentials overlap the other's
-# products. A block of 128 rows reads all columns from the second-level cache: 8.6 GB at N = 65,536 and width 128 in
-# bfloat16, about a third of what that cache delivers in the time the tensor cores need.
+# The tables below are chosen for H100 and H200 by what the compiler reports (tests/losses/test_triton_kernels.py prints
+# it), not by a measurement on one: no tile of sums is spilled from the registers, and at width 128 two programs of the
+# first kernel fit a multiprocessor, so that one's exponentials can overlap the other's products. Fewer than 128 rows a
+# block would read more from the second-level cache, where 128 already read 8.6 GB at N = 65,536, width 128, bfloat16.
 
 
 def _log_negatives_tiles(dtype: torch.dtype, width: int, roomy: bool) -> Tiles:
@@ -425,7 +424,6 @@ if triton is not None:
         first,
         steps,
         scale,
-        scale_rest,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
@@ -460,10 +458,10 @@ if triton is not None:
             if ONE_EXPONENTIAL:
                 weight = tl.exp2(tl.fma(cosine, scale, -scale)) * (row_term[:, None] + column_term[None, :])
             else:
-                # S - log_sum in one rounding, since S and log_sum are large here and their difference is not.
-                rest = cosine * scale_rest
-                by_row = (tl.fma(cosine, scale, -row_term[:, None]) + rest) * 1.4426950408889634
-                by_column = (tl.fma(cosine, scale, -column_term[None, :]) + rest) * 1.4426950408889634
+                # S - log_sum in one rounding, since S and log_sum are large here and their difference is not; hence in
+                # natural units, and only the difference is turned to powers of two.
+                by_row = tl.fma(cosine, scale, -row_term[:, None]) * 1.4426950408889634
+                by_column = tl.fma(cosine, scale, -column_term[None, :]) * 1.4426950408889634
                 weight = tl.exp2(by_row) + tl.exp2(by_column)
             low = first + row
             masked = (
