@@ -1,5 +1,6 @@
 """From an encoded file to 8-bit RGB pixels."""
 
+import re
 import struct
 import warnings
 from typing import BinaryIO
@@ -42,7 +43,7 @@ def decode_rgb(file: str | BinaryIO, where: str) -> Image.Image:
             with Image.open(file) as image:
                 return to_rgb(image)
     except UNREADABLE as error:
-        raise InputError(f"{where}: not a readable image ({_one_line(error)})") from error
+        raise InputError(f"{where}: not a readable image ({reason_of(error)})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -84,5 +85,6 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line that is the same each time: without the address of a file in memory."""
+    return re.sub(r" <\S+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__
