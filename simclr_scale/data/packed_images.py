@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from simclr_scale.data.sources.decoding import UNREADABLE, decode_rgb, to_rgb, upright
+from simclr_scale.data.sources.decoding import UNREADABLE, decode_rgb, reason_of, to_rgb, upright
 from simclr_scale.errors import InputError
 
 # Formats that are kept as they are where the image is small enough, and their extensions.
@@ -32,7 +32,7 @@ def pack_image(encoded: bytes, where: str, size: int, quality: int, lossless: bo
                 if not kept or min(image.size) > size or getattr(image, "n_frames", 1) > 1:
                     return encode(image, size, quality, lossless)
     except UNREADABLE as error:
-        raise InputError(f"{where}: not a readable image ({' '.join(str(error).split())})") from error
+        raise InputError(f"{where}: not a readable image ({reason_of(error)})") from error
     # Kept as it is, but decoded to its end, so that no run meets an image that cannot be.
     decode_rgb(io.BytesIO(encoded), where)
     return encoded, kept

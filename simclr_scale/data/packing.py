@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from simclr_scale.data.packed_images import encode, pack_image
 from simclr_scale.data.sources.array_files import replacing, write_arrays
 from simclr_scale.data.sources.base import Source, encoded_image, file_name
-from simclr_scale.data.sources.decoding import UNREADABLE
+from simclr_scale.data.sources.decoding import UNREADABLE, reason_of
 from simclr_scale.data.sources.packed import (
     BAD_FILES,
     FORMAT,
@@ -41,7 +40,6 @@ from simclr_scale.data.sources.packed import (
 )
 from simclr_scale.data.sources.packed_names import PackedNames
 from simclr_scale.data.sources.tar_index import BLOCK
-from simclr_scale.data.views import keep
 from simclr_scale.errors import InputError
 
 try:
@@ -219,8 +217,8 @@ def _shards(split: str, length: int, packing: Packing) -> Iterator[Shard]:
         yield Shard(f"{split}-{number:06}.tar", split, start, min(start + step, length))
 
 
-class _PackedDataset(Dataset[list[tuple[int, Packed | Unreadable]]]):
-    """Images of a source, packed where they are asked for: in the workers."""
+class _PackedImages:
+    """Images of a source, packed where they are asked for: in a loader's workers; the loader takes it for a data set."""
 
     def __init__(self, source: Source, packing: Packing) -> None:
         self._source, self._packing = source, packing
@@ -238,7 +236,7 @@ class _PackedDataset(Dataset[list[tuple[int, Packed | Unreadable]]]):
             assert isinstance(image, Image.Image), "pack refuses arrays"
             return Packed(*encode(image, packing.size, packing.quality, packing.lossless))
         except (InputError, *UNREADABLE) as error:
-            return Unreadable(where, " ".join(str(error).split()).removeprefix(f"{where}: "))
+            return Unreadable(where, reason_of(error).removeprefix(f"{where}: "))
 
 
 def _results(
@@ -249,8 +247,15 @@ def _results(
     if not positions:
         return
     requests = [positions[start : start + _IMAGES_A_REQUEST] for start in range(0, len(positions), _IMAGES_A_REQUEST)]
-    dataset = _PackedDataset(source, packing)
-    loader = DataLoader(dataset, batch_sampler=requests, num_workers=num_workers, collate_fn=keep)
+    dataset = _PackedImages(source, packing)
+    if not num_workers:
+        for request in requests:
+            yield from dataset.__getitems__(request)
+        return
+    # Takes long to import, and one process does without.
+    from torch.utils.data import DataLoader
+
+    loader: Any = DataLoader(dataset, batch_sampler=requests, num_workers=num_workers, collate_fn=_keep)  # type: ignore
     try:
         for results in loader:
             yield from results
@@ -376,13 +381,11 @@ class _Workplace:
         names, name_ends = PackedNames(entries.pop("names")).to_arrays()
         arrays = {key: np.array(values, dtype=np.int64) for key, values in entries.items()}
         images = os.path.join(self.folder, IMAGES)
-        write_arrays(images, {**arrays, "names": names, "name_ends": name_ends})
-        splits = {split: {**facts, "images": 0, "unreadable": []} for split, facts in plan["splits"].items()}
+        write_arrays(images, {**arrays, "names": names, "name_ends": name_ends}, self._unfinished)
+        splits = {split: {**facts, "unreadable": []} for split, facts in plan["splits"].items()}
         listed = []
         for shard, record in zip(shards, records, strict=True):
-            split = splits[shard.split]
-            split["images"] += len(record["names"])
-            split["unreadable"] += record["unreadable"]
+            splits[shard.split]["unreadable"] += record["unreadable"]
             count = {"split": shard.split, "images": len(record["names"])}
             listed.append({"name": shard.name, **count, "bytes": record["bytes"], "sha256": record["sha256"]})
         bad = [entry for split in splits.values() for entry in split["unreadable"]]
@@ -398,7 +401,10 @@ class _Workplace:
     def _replace(self, name: str, text: str) -> None:
         path = os.path.join(self.folder, name)
         # Names of files need not be UTF-8, and are kept as they are.
-        with replacing(path) as partial, open(partial, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            replacing(path, self._unfinished) as partial,
+            open(partial, "w", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             file.write(text)
 
 
@@ -479,6 +485,11 @@ def _parsed(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _keep(results: list[tuple[int, Packed | Unreadable]]) -> list[tuple[int, Packed | Unreadable]]:
+    """Collates nothing."""
+    return results
 
 
 def _one_line(text: str) -> str:

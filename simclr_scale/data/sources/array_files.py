@@ -15,25 +15,30 @@ class ArrayFileError(ValueError):
     """The file is missing, damaged, or not one of plain arrays."""
 
 
-def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` beside `path` and move them into place. The same arrays give the same bytes.
+def write_arrays(path: str, arrays: Mapping[str, np.ndarray], workplace: str | None = None) -> None:
+    """Write `arrays` as by `replacing`. The same arrays give the same bytes.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    with replacing(path) as partial, open(partial, "wb") as file:
+    with replacing(path, workplace) as partial, open(partial, "wb") as file:
         np.savez(file, **dict(sorted(arrays.items())))  # type: ignore[arg-type]
 
 
 class replacing:
-    """``with replacing(path) as partial``: a new file beside `path`, which takes its place if the block ends well."""
+    """``with replacing(path) as partial``: a new file, which takes the place of `path` if the block ends well.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: the file.
+        workplace: folder on the same disk for the new file, where a kill may leave it; by default that of `path`.
+    """
+
+    def __init__(self, path: str, workplace: str | None = None) -> None:
         self._path = path
+        self._workplace = workplace or os.path.dirname(path) or "."
 
     def __enter__(self) -> str:
-        folder, name = os.path.split(self._path)
-        handle, self._partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
+        handle, self._partial = tempfile.mkstemp(prefix=f".{os.path.basename(self._path)}.", dir=self._workplace)
         os.close(handle)
         return self._partial
 

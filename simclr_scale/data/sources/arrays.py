@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_scale.data.sources.decoding import MAX_PIXELS, one_line
+from simclr_scale.data.sources.decoding import MAX_PIXELS, reason_of
 from simclr_scale.data.sources.matlab import choose_image, read_variables
 from simclr_scale.errors import InputError
 
@@ -94,7 +94,7 @@ def map_npy(path: str) -> np.ndarray:
         # Not np.load, which by content would also open an archive under this name.
         return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-        raise InputError(f"{path}: not a readable .npy array ({one_line(error)})") from error
+        raise InputError(f"{path}: not a readable .npy array ({reason_of(error)})") from error
 
 
 def find_reader(

@@ -1,6 +1,7 @@
 """From an encoded file to 8-bit RGB pixels."""
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def opened(file: str | BinaryIO, where: str) -> Iterator[Image.Image]:
                     raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
                 yield image
     except UNREADABLE as error:
-        raise InputError(f"{where}: not a readable image ({one_line(error)})") from error
+        raise InputError(f"{where}: not a readable image ({reason_of(error)})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -160,8 +161,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error as part of a line, its type where it has none."""
-    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line that is the same each time: without the address of a file in memory."""
+    if isinstance(error, UnidentifiedImageError):
         return "no known image format"
-    return " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r" <\S+ object at 0x\w+>", "", " ".join(str(error).split())) or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simclr_scale.data.sources.decoding import one_line
+from simclr_scale.data.sources.decoding import reason_of
 from simclr_scale.errors import InputError
 
 _NUMERIC = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"single", "double"}
@@ -96,4 +96,4 @@ def _parsed(path: str, parse: Any) -> Any:
             f"{path}: is of MATLAB 7.3 (HDF5), which is not supported; save it in MATLAB with '-v7', or as .npy"
         ) from error
     except (MatReadError, *_UNREADABLE) as error:
-        raise InputError(f"{path}: not a readable MATLAB file ({one_line(error)})") from error
+        raise InputError(f"{path}: not a readable MATLAB file ({reason_of(error)})") from error

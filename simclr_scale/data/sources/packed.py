@@ -5,9 +5,9 @@ A folder in this format holds
 - ``SPLIT-NNNNNN.tar``: WebDataset shards; a sample is ``POSITION.jpg`` (or ``.png``, ``.webp``) and, where the image
   has a label, ``POSITION.cls``, its class as a number. POSITION is the image's number in its split of the source.
 - ``index.json``: ``format`` and ``version``; ``source``, as typed; ``settings``; ``classes``, their names; ``splits``:
-  of each the number of ``images``, the ``description`` and ``fingerprint`` of what was packed, and ``unreadable``, the
-  images that are missing (position, label, name, reason); ``shards``: of each its ``name``, ``split``, number of
-  ``images``, ``bytes`` and ``sha256``, in order; ``images_sha256``, the checksum of the next file.
+  of each its ``images`` in the source, the ``description`` and ``fingerprint`` of what was packed, and ``unreadable``,
+  the images that are missing (position, label, name, place, reason); ``shards``: of each its ``name``, ``split``,
+  number of ``images``, ``bytes`` and ``sha256``, in order; ``images_sha256``, the checksum of the next file.
 - ``images.npz``: NumPy arrays with an entry for each image, in the order of the shards: ``offsets`` and ``sizes``
   (int64, the image's bytes within its shard), ``labels`` (int64, -1 for none), ``positions`` (int64), and the names in
   the source: ``names`` (uint8, UTF-8, one after another) and ``name_ends`` (int64).

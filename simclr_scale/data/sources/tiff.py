@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simclr_scale.data.sources.decoding import MAX_PIXELS, UNREADABLE, one_line
+from simclr_scale.data.sources.decoding import MAX_PIXELS, UNREADABLE, reason_of
 from simclr_scale.errors import InputError
 
 _VALUES = {"L", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA", "RGBX", "CMYK"}
@@ -28,7 +28,7 @@ def read_tiff(path: str) -> np.ndarray:
     except UnidentifiedImageError:
         return _by_tifffile(path)
     except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable image ({one_line(error)})") from error
+        raise InputError(f"{path}: not a readable image ({reason_of(error)})") from error
 
 
 def _frames(image: Image.Image) -> np.ndarray:
@@ -73,7 +73,7 @@ def _by_tifffile(path: str) -> np.ndarray:
         with tifffile.TiffFile(path) as file:
             return _series(file.series[0])
     except unreadable as error:
-        raise InputError(f"{path}: not a readable image ({one_line(error)})") from error
+        raise InputError(f"{path}: not a readable image ({reason_of(error)})") from error
 
 
 def _series(series: Any) -> np.ndarray:
