@@ -38,14 +38,26 @@ def killed_workers_explained(afterwards: str = "") -> Iterator[None]:
         gone = _GONE.search(str(error))
         if gone is None:
             raise
-        how = f"was killed by the system (signal: {gone['signal'].strip()})" if gone["signal"] else "is gone"
-        if gone["code"]:
-            how = f"ended with exit code {gone['code']}"
-        if gone["signal"] and "bus" in gone["signal"].lower():
-            advice = "the shared memory is full: give the machine or container more (--shm-size), or use fewer of them"
-        else:
-            advice = "most likely the memory did not suffice: use fewer of them"
+        how, advice = _what_happened((gone["signal"] or "").strip(), gone["code"])
         raise RunFailed(
-            f"a process that reads images (pid {gone['pids'].strip()}) {how}; {advice} (--data.num_workers), "
-            f"or smaller batches or images{afterwards}"
+            f"a process that reads images (pid {gone['pids'].strip()}) {how}; {advice}{afterwards}"
         ) from None
+
+
+def _what_happened(signal: str, code: str | None) -> tuple[str, str]:
+    """How a process ended, from the system's name of the signal or the exit code, and what may help."""
+    fewer = "fewer of them (--data.num_workers), or smaller batches or images"
+    if signal == "Bus error":
+        return (
+            f"was killed by the system (signal: {signal})",
+            f"the shared memory is full: give the machine or container more (--shm-size), or use {fewer}",
+        )
+    if signal in ("Terminated", "Interrupt", "Hangup"):
+        return f"was ended from outside (signal: {signal})", "a scheduler does so when the time of a job is up"
+    if signal in ("Segmentation fault", "Aborted", "Illegal instruction"):
+        return f"crashed (signal: {signal})", "--data.num_workers 0 shows where, python -X faulthandler before it"
+    if signal:
+        how = f"was killed by the system (signal: {signal})"
+    else:
+        how = f"ended with exit code {code}" if code else "is gone"
+    return how, f"most likely the memory did not suffice: use {fewer}"
