@@ -234,12 +234,12 @@ def test_without_any_flag_the_pixels_are_untouched() -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_groups_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     augmentation = SETS[name]
     views, draws = views_and_draws(augmentation, 27, 40)
     results = []
     for size in (1, 5 * 3 * 27 * 40 * 4, 1 << 30):  # one, five and all images at once
-        monkeypatch.setattr(color, "_CHUNK_BYTES_ON_CPU", size)
+        monkeypatch.setattr(color, "_GROUP_BYTES_ON_CPU", size)
         results.append(augment_colors(views, draws, augmentation))
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
     torch.testing.assert_close(results[1], results[2], rtol=0, atol=1e-6)
