@@ -44,7 +44,7 @@ OPTIONS = [
         "model.optimizer: there is no option lr; did you mean model.learning_rate?",
     ),
     ("--model.optimizer.weight_decay 1", "there is no option weight_decay; did you mean model.weight_decay?"),
-    ("--data.preset smal", "data.preset: expected one of 'natural', 'small'; got smal"),
+    ("--data.preset smal", "data.preset: expected one of 'natural', 'small', 'grey', 'multiband'; got smal"),
     ("--data.augmentation.hew 1", "data.augmentation has no field hew; --data.augmentation.help lists what it has"),
     ("--model.lr_scaling cubic", "model.lr_scaling: expected one of 'linear', 'sqrt'; got cubic"),
     ("--trainer.accelerator gup", "trainer: You selected an invalid accelerator name: `accelerator='gup'`"),
@@ -82,7 +82,8 @@ OPTIONS = [
     # sources
     (
         "--data.source nowhere",
-        "no such folder; a source is a folder of images, torch/NAME, hfds/PATH_OR_ID or textures",
+        "no such folder; a source is a folder of images or arrays, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, "
+        "patches/FILE or textures",
     ),
     ("--data.source empty", "holds no image, nor do folders below it; images end in .jpg"),
     ("--data.source texturs", "no such folder; did you mean textures?"),

@@ -92,12 +92,18 @@ def test_the_saved_configuration_holds_what_was_typed_and_every_default(trained:
     assert not {"config", "name", "runs_dir", "resume", "override"} & set(saved)
 
 
+def _metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, to the last digit, but for the one column that is a matter of time."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "data_wait"} for row in csv.DictReader(file)]
+
+
 def test_the_saved_configuration_runs_again_and_gives_the_same(run: Path, command: Callable[..., Outcome]) -> None:
     outcome = command("pretrain", "--config", run / "config.yaml", "--name", "again")
     assert (outcome.status, outcome.err) == (0, "")
     again = run.with_name("again")
     assert (again / "config.yaml").read_text() == (run / "config.yaml").read_text()
-    assert (again / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    assert _metrics(again) == _metrics(run)
     weights = "encoder/model.safetensors"
     assert (again / weights).read_bytes() == (run / weights).read_bytes()
 
