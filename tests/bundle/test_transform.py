@@ -114,9 +114,25 @@ def test_a_photograph_is_turned_upright() -> None:
     np.testing.assert_array_equal(whole(image), color[::-1, ::-1].transpose(2, 0, 1))
 
 
-def test_only_pictures_of_1_or_3_channels_exist() -> None:
-    with pytest.raises(InputError, match=r"1 or 3 channels, not 4: \(4, 32, 32\)"):
-        ImageTransform((4, 32, 32))
+def test_an_array_of_4_channels_by_its_range() -> None:
+    values = picture(67, 41, 4).astype(np.float32) * 10 + 100
+    transform = ImageTransform((4, 31, 31), value_range=((100.0, 2650.0),))
+    features = transform(torch.from_numpy(values).permute(2, 0, 1)).numpy()
+    assert features.shape == (4, 31, 31)
+    for channel in range(4):
+        # Pillow on one channel of bytes, of which each step of the way rounds.
+        image = Image.fromarray(((values[..., channel] - 100) / 10).astype(np.uint8))
+        assert abs(features[channel] - by_hand(image, 31, 0.875)[0]).max() < 2.1 / 255
+
+
+def test_an_encoder_of_4_channels_takes_nothing_else() -> None:
+    transform = ImageTransform((4, 31, 31))
+    with pytest.raises(InputError, match=r"takes arrays of 4"):
+        transform(Image.fromarray(picture(40, 40)))
+    with pytest.raises(InputError, match=r"4 channels, not 5"):
+        transform(torch.zeros(5, 40, 40, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"range of 3 channels does not fit images of 4"):
+        ImageTransform((4, 31, 31), value_range=((0.0, 1.0),) * 3)
 
 
 def test_one_channel_has_one_mean() -> None:
