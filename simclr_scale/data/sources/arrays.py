@@ -142,9 +142,9 @@ def find_reader(
 def find_channel_axis(name: str, shapes: Sequence[tuple[int, ...]]) -> ChannelAxis:
     """Whether arrays of these shapes are (C, H, W) or (H, W, C).
 
-    What speaks for an axis: the other two are equal, as in a square image; it is of one length in all files where the
-    axis at the other end is not; it is at most 4 long where the others are more than 16. Never that it is the shortest:
-    in a patch of 9 x 9 pixels and 198 bands it is not.
+    What speaks for an axis: the other two are equal, as in a square image; it is at most 4 long where the others are
+    more than 16; or, should no file say so, it is of one length in all files where the axis at the other end is not.
+    Never that it is the shortest: in a patch of 9 x 9 pixels and 198 bands it is not.
 
     Raises:
         InputError: nothing speaks for either, or something for both.
@@ -158,7 +158,7 @@ def find_channel_axis(name: str, shapes: Sequence[tuple[int, ...]]) -> ChannelAx
         if first <= _FEW and min(middle, last) > _SIDE:
             votes.add(0)
     constant = [len({shape[axis] for shape in shapes}) == 1 for axis in (0, -1)]
-    if constant[0] != constant[1]:
+    if not votes and constant[0] != constant[1]:
         votes.add(0 if constant[0] else -1)
     if len(votes) != 1:
         raise InputError(

@@ -186,12 +186,11 @@ def _as_shares(value: np.ndarray, height: int, width: int) -> np.ndarray | None:
 
 def _class_names(values: Mapping[str, Any], count: int) -> tuple[str, ...]:
     """The words of a cell array of `count` words; none where there is no such array, or several."""
-    words = []
-    for value in values.values():
-        if isinstance(value, np.ndarray) and value.dtype == object and value.size == count:
-            cells = [np.ravel(cell) for cell in value.ravel()]
-            if all(len(cell) == 1 and isinstance(cell[0], str) for cell in cells):
-                words.append(tuple(str(cell[0]) for cell in cells))
+    words = [
+        tuple(value)
+        for value in values.values()
+        if isinstance(value, list) and len(value) == count and all(isinstance(cell, str) for cell in value)
+    ]
     return words[0] if len(words) == 1 and len(set(words[0])) == count else ()
 
 

@@ -1,6 +1,7 @@
 """TIFF files as arrays: several bands in a picture, or several pages."""
 
 import struct
+import warnings
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ def read_tiff(path: str) -> np.ndarray:
             and not installed.
     """
     try:
-        with Image.open(path, formats=["TIFF"]) as image:
-            return _frames(image)
+        with warnings.catch_warnings():
+            # Damaged or unusual tags cost no pixels.
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            with Image.open(path, formats=["TIFF"]) as image:
+                return _frames(image)
     except UnidentifiedImageError:
         return _by_tifffile(path)
     except UNREADABLE as error:
