@@ -131,6 +131,12 @@ def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Modu
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
         raise InputError(f"{where} does not describe an encoder: {reason}") from error
+    taken = arguments.get("in_chans", 3)
+    if transform.channels != taken:
+        raise InputError(
+            f"{where} does not describe an encoder: "
+            f"it takes images of {taken} channels and its transform gives {transform.channels}"
+        )
     if problem := _misfit(encoder, weights):
         raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
     encoder.load_state_dict(weights)

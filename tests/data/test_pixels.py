@@ -105,7 +105,7 @@ def test_images_that_cannot_be_read_are_passed_over() -> None:
     whole, damaged = ArraySource(values), ArraySource(values, unreadable=range(1, 40, 2))
     assert measure_value_range(damaged) == measure_value_range(ArraySource(values[::2]))
     assert measure_value_range(damaged) != measure_value_range(whole)
-    with pytest.raises(InputError, match="image .* is damaged"):
+    with pytest.raises(InputError, match=r"image \d+ is damaged"):
         measure_value_range(ArraySource(values, unreadable=range(40)))
 
 

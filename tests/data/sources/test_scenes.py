@@ -96,7 +96,7 @@ def test_labels_in_a_file_beside(tmp_path: Path, extension: str) -> None:
 
 def test_an_unlabelled_scene(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", cube())
-    with pytest.raises(InputError, match="say which by data.channel_axis"):
+    with pytest.raises(InputError, match=r"say which by data\.channel_axis"):
         read_scene(str(tmp_path / "a.npy"))
     scene = read_scene(str(tmp_path / "a.npy"), channel_axis=-1)
     np.testing.assert_array_equal(scene.cube, cube().transpose(2, 0, 1))
@@ -138,7 +138,7 @@ def test_jasper_ridge(real_data: Path) -> None:
     assert scene.cube.shape == (198, 100, 100)
     assert scene.classes == ("1-tree", "2-water", "3-dirt", "4-road")
     assert np.bincount(scene.labels.ravel()).tolist() == [3493, 3326, 2428, 753]
-    tree, water, dirt, road = range(4)
+    tree, water, _, road = range(4)
     assert (scene.labels[0, 30:48] == water).all()  # the lake leaves by the upper border, left of the middle
     assert (scene.labels[60:80, 20:45] == water).mean() > 0.9
     assert (scene.labels[0:40, 20:100] == road).sum() > (scene.labels[60:100, 0:60] == road).sum()
