@@ -197,10 +197,13 @@ def _histogram(bins: str) -> tuple[nn.Module, ImageTransform]:
     return ColorHistogramEncoder(_positive(bins, "histogram:BINS")), ImageTransform((3, 64, 64), crop_pct=1.0)
 
 
-def baseline(spec: str, channels: int) -> tuple[nn.Module, ImageTransform]:
+def baseline(spec: str, channels: int, side: int = 64) -> tuple[nn.Module, ImageTransform]:
     """``pixels:SIZE`` or ``histogram:BINS`` for images of any number of channels.
 
     Of other than 3 the histogram is one for each channel: a joint one of many channels has more cells than pixels.
+
+    Args:
+        side: of the images whose histogram is counted, where they have other than 3 channels.
 
     Raises:
         InputError: another spec.
@@ -214,7 +217,7 @@ def baseline(spec: str, channels: int) -> tuple[nn.Module, ImageTransform]:
         side = _positive(rest, "pixels:SIZE")
         return PixelEncoder(side, channels).eval(), ImageTransform((channels, side, side), crop_pct=1.0)
     encoder = BandHistogramEncoder(_positive(rest, "histogram:BINS"), channels)
-    return encoder.eval(), ImageTransform((channels, 64, 64), crop_pct=1.0)
+    return encoder.eval(), ImageTransform((channels, side, side), crop_pct=1.0)
 
 
 def _positive(text: str, form: str) -> int:

@@ -160,7 +160,12 @@ def test_recipes_take_their_first_steps_on_real_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    options = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--data.global_batch_size=32")
+    options = (
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=3",
+        "--data.global_batch_size=32",
+        "--model.warmup_epochs=0",
+    )
     what = ("--config", recipe, "--data.source", source, "--data.root", real_data, "--data.num_workers=0")
     outcome = command("pretrain", *what, *options, "--knn.max_train_images=200", "--name", "x")
     assert outcome.status == 0, outcome.err
