@@ -134,6 +134,12 @@ def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Modu
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
         raise InputError(f"{where} does not describe an encoder: {reason}") from error
+    taken = arguments.get("in_chans", 3)
+    if transform.channels != taken:
+        raise InputError(
+            f"{where} does not describe an encoder: "
+            f"it takes images of {taken} channels and its transform gives {transform.channels}"
+        )
     if problem := _misfit(encoder, weights):
         raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
     encoder.load_state_dict(weights)
@@ -194,10 +200,13 @@ def _histogram(bins: str) -> tuple[nn.Module, ImageTransform]:
     return ColorHistogramEncoder(_positive(bins, "histogram:BINS")), ImageTransform((3, 64, 64), crop_pct=1.0)
 
 
-def baseline(spec: str, channels: int) -> tuple[nn.Module, ImageTransform]:
+def baseline(spec: str, channels: int, side: int = 64) -> tuple[nn.Module, ImageTransform]:
     """``pixels:SIZE`` or ``histogram:BINS`` for images of any number of channels.
 
     Of other than 3 the histogram is one for each channel: a joint one of many channels has more cells than pixels.
+
+    Args:
+        side: of the images whose histogram is counted, where they have other than 3 channels.
 
     Raises:
         InputError: another spec.
@@ -211,7 +220,7 @@ def baseline(spec: str, channels: int) -> tuple[nn.Module, ImageTransform]:
         side = _positive(rest, "pixels:SIZE")
         return PixelEncoder(side, channels).eval(), ImageTransform((channels, side, side), crop_pct=1.0)
     encoder = BandHistogramEncoder(_positive(rest, "histogram:BINS"), channels)
-    return encoder.eval(), ImageTransform((channels, 64, 64), crop_pct=1.0)
+    return encoder.eval(), ImageTransform((channels, side, side), crop_pct=1.0)
 
 
 def _positive(text: str, form: str) -> int:

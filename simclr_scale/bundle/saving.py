@@ -40,14 +40,16 @@ def encoder_config(encoder: nn.Module, transform: ImageTransform, **facts: Any) 
         for key, value in dict(getattr(encoder, "pretrained_cfg", {})).items()
         if key in ("classifier", "fixed_input_size") and value is not None
     }
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture.name.partition(".")[0],
         "num_classes": 0,
         "num_features": encoder.num_features,
         "model_args": {**architecture.kwargs, "in_chans": architecture.in_chans, "num_classes": 0},
         "pretrained_cfg": {**inherited, **transform.config, "num_classes": 0, "custom_load": False},
-        BUNDLE_KEY: {"version": __version__, "facts": facts, "value_range": transform.value_range},
+        BUNDLE_KEY: {"version": __version__, "facts": facts},
     }
+    if transform.value_range is not None:
+        config[BUNDLE_KEY]["value_range"] = transform.value_range
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:

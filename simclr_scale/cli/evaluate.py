@@ -8,7 +8,7 @@ from torch import nn
 
 from simclr_scale.bundle import BASELINES, ImageTransform, baseline, load_encoder
 from simclr_scale.cli.parsing import OneLineErrors
-from simclr_scale.data.pixels import channels_of, measure_value_range
+from simclr_scale.data.pixels import channels_of, measure_value_range, size_of
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.sources.arrays import ChannelAxis
 from simclr_scale.data.sources.grey import PICTURE_CHANNELS
@@ -187,7 +187,7 @@ def _open(spec: str, data: EvaluationData) -> tuple[nn.Module, ImageTransform, S
     train, test = data.open(transform.channels, arrays=transform.value_range is not None)
     channels = channels_of(train)
     if channels != transform.channels and spec.partition(":")[0] in BASELINES:
-        encoder, transform = baseline(spec, channels)
+        encoder, transform = baseline(spec, channels, min(64, *size_of(train.image(0))))
     if channels != transform.channels:
         raise InputError(
             f"--encoder {spec} takes images of {transform.channels} channels, those of {data.source} have {channels}"

@@ -92,7 +92,9 @@ class KNNMonitor(pl.Callback):
             return {}
         baselines = {}
         for name, spec in baselines_for(pl_module.transform).items():
-            encoder, transform = baseline(spec, pl_module.transform.channels)
+            channels, height, width = pl_module.transform.config["input_size"]
+            # Small images are not enlarged: of hundreds of bands that would be most of the work.
+            encoder, transform = baseline(spec, channels, min(64, height, width))
             baselines[name] = self.top1(trainer, encoder, transform.with_value_range(pl_module.transform.value_range))
         if self._trained is None or self._trained[0] != trainer.global_step:
             self._trained = trainer.global_step, self.top1(trainer, pl_module.encoder, pl_module.transform)

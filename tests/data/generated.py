@@ -1,9 +1,13 @@
-"""A source of generated photographs for the tests of this folder."""
+"""Sources of generated images for the tests of this folder."""
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from simclr_scale.errors import InputError
 
 
 class GradientSource:
@@ -37,3 +41,30 @@ class GradientSource:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{len(self)} {self.sizes}".encode()).hexdigest()
+
+
+class ArraySource:
+    """Arrays (N, C, H, W) as a source; the images at `unreadable` cannot be read."""
+
+    name = "arrays"
+    classes = ("even", "odd")
+    split_description = "all images"
+
+    def __init__(self, values: Tensor, unreadable: Iterable[int] = ()) -> None:
+        self.values, self.unreadable = values, set(unreadable)
+        self.channels = values.shape[1]
+        self.labels = np.arange(len(values)) % 2
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def image(self, index: int) -> Tensor:
+        if index in self.unreadable:
+            raise InputError(f"image {index} is damaged")
+        return self.values[index]
+
+    def describe(self, index: int) -> str:
+        return f"array {index}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.values.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from simclr_scale.errors import InputError
-from simclr_scale.models import ColorHistogramEncoder, PixelEncoder
+from simclr_scale.models import BandHistogramEncoder, ColorHistogramEncoder, PixelEncoder
 
 
 def test_pixels_are_kept_in_order() -> None:
@@ -56,3 +56,22 @@ def test_baselines_have_no_parameters_and_check_their_sizes(build: type) -> None
     assert not build().state_dict()
     with pytest.raises(InputError, match="must be at least 1"):
         build(0)
+
+
+@pytest.mark.parametrize(("bins", "in_chans"), [(64, 1), (8, 7), (3, 2)])
+def test_histograms_of_each_band_are_numpys(bins: int, in_chans: int) -> None:
+    images = np.random.default_rng(0).uniform(-0.1, 1.1, (3, in_chans, 7, 9))
+    encoder = BandHistogramEncoder(bins, in_chans)
+    features = encoder(torch.from_numpy(images))
+    assert features.shape == (3, encoder.num_features) == (3, bins * in_chans)
+    for image, feature in zip(images, features.numpy(), strict=True):
+        counts = [np.histogram(band.clip(0, 1), bins=bins, range=(0, 1))[0] for band in image]
+        np.testing.assert_allclose(feature, np.concatenate(counts) / 63, rtol=1e-12)
+
+
+def test_histograms_of_each_band_of_other_images() -> None:
+    for images in (torch.rand(2, 3, 4, 4), torch.rand(1, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(InputError, match=r"band histogram: images are .*, not \(B, 1, H, W\) of a floating"):
+            BandHistogramEncoder()(images)
+    with pytest.raises(InputError, match="band histogram: bins=0"):
+        BandHistogramEncoder(0)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -93,7 +94,7 @@ def map_npy(path: str) -> np.ndarray:
     try:
         # Not np.load, which by content would also open an archive under this name.
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, TokenError) as error:
         raise InputError(f"{path}: not a readable .npy array ({reason_of(error)})") from error
 
 

@@ -155,8 +155,10 @@ def _part(name: str, scene: Scene, split: str, patch_size: int, seed: int) -> tu
     cut = split_scene(scene.labels, patch_size, seed)
     part = cut.train if split == "train" else cut.test & (scene.labels >= 0)
     if not part.any():
+        labelled = "" if split == "train" else "labelled "
         raise InputError(
-            f"{name}: no {patches} lies within a block of {_by(cut.block)} of the {split} part; lower data.patch_size"
+            f"{name}: no {labelled}patch of {_by((patch_size, patch_size))} pixels lies within the {split} part; "
+            "lower data.patch_size"
         )
     return part, (
         f"{patches}, {split} part of seeded blocks, seed {seed}: {cut.test_blocks} of {cut.blocks} blocks of "

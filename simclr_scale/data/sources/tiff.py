@@ -1,6 +1,6 @@
 """TIFF files as arrays: several bands in a picture, or several pages."""
 
-import struct
+import logging
 import warnings
 from typing import Any
 
@@ -12,6 +12,8 @@ from simclr_scale.errors import InputError
 
 _VALUES = {"L", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA", "RGBX", "CMYK"}
 _TOO_MANY_VALUES = 4 * MAX_PIXELS
+# Beside what Pillow raises on damaged files of other kinds, found by corrupting bytes at random.
+_UNREADABLE = (*UNREADABLE, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError)
 
 
 def read_tiff(path: str) -> np.ndarray:
@@ -31,7 +33,7 @@ def read_tiff(path: str) -> np.ndarray:
                 return _frames(image)
     except UnidentifiedImageError:
         return _by_tifffile(path)
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable image ({reason_of(error)})") from error
 
 
@@ -63,21 +65,17 @@ def _by_tifffile(path: str) -> np.ndarray:
             f"{path}: not a TIFF that Pillow reads; if it is one of several bands: "
             'pip install "simclr_scale[tif]" reads those'
         ) from error
-    # By trial on damaged files.
-    unreadable = (
-        tifffile.TiffFileError,
-        *UNREADABLE,
-        TypeError,
-        LookupError,
-        AttributeError,
-        struct.error,
-        MemoryError,
-    )
+    logger = logging.getLogger("tifffile")
+    level = logger.level
+    # It logs what is odd about a file; what ends in an error is said by that.
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         with tifffile.TiffFile(path) as file:
             return _series(file.series[0])
-    except unreadable as error:
+    except (tifffile.TiffFileError, *_UNREADABLE) as error:
         raise InputError(f"{path}: not a readable image ({reason_of(error)})") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _series(series: Any) -> np.ndarray:
