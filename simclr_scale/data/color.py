@@ -276,16 +276,13 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     value, chroma = _value_and_chroma(x)
     low = value - chroma
     distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).add_(1)
-    hue = torch.copysign(distance, green - blue)
-    shift = 6 * turns[:, 0]
+    hue = torch.copysign(distance, green - blue)[:, None]
+    shift = 6 * turns
     # 3 - ||h| - 3| is the distance from red on the circle of six while |h| <= 7.
     around = 6 * (shift < 0)
-    base = low.sub_(chroma)
-    channels = [
-        torch.addcmul(base, chroma, (hue + offset).abs_().sub_(3).abs_().clamp_(1, 2))
-        for offset in (shift, shift - 2 + around, shift - 4 + around)
-    ]
-    return torch.stack(channels, 1)
+    to_channels = torch.cat((shift, shift - 2 + around, shift - 4 + around), 1)
+    beyond = (hue + to_channels).abs_().sub_(3).abs_().clamp_(1, 2)
+    return beyond.mul_(chroma[:, None]).add_((low - chroma)[:, None])
 
 
 def _value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,11 +315,12 @@ def blur(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
     kernel = kernel / kernel.sum(1, keepdim=True)
     block = _BLUR_BLOCK_ON_CPU if x.device.type == "cpu" else max(height, width)
 
+    across = [(inside, weights.mT.contiguous()) for inside, weights in _band(kernel, width, padding, block)]
     lines = x.flatten(1, 2)
-    parts = [torch.bmm(lines[..., inside], weights.mT) for inside, weights in _band(kernel, width, padding, block)]
-    x = torch.cat(parts, -1).view(batch, channels, height, width)
-    by_rows = [(inside, weights[:, None]) for inside, weights in _band(kernel, height, padding, block)]
-    return torch.cat([weights @ x[:, :, inside] for inside, weights in by_rows], 2)
+    x = torch.cat([torch.bmm(lines[..., inside], weights) for inside, weights in across], -1)
+    x = x.view(batch, channels, height, width)
+    down = [(inside, weights[:, None]) for inside, weights in _band(kernel, height, padding, block)]
+    return torch.cat([weights @ x[:, :, inside] for inside, weights in down], 2)
 
 
 def _band(kernel: Tensor, size: int, padding: str, block: int) -> Iterator[tuple[slice, Tensor]]:

@@ -30,7 +30,8 @@ class SimCLRDataModule(pl.LightningDataModule):
         global_batch_size: images in a step over all ranks; a rank's share is this divided by the ranks.
         image_size: side of the views in pixels; None: the images' own where they are at most 64 px, else 224.
         num_workers: processes that decode and crop; None: none for data in memory, else one a core up to 8.
-        preset: the augmentation for "natural" photographs or "small" images such as CIFAR's.
+        preset: the augmentation for "natural" photographs, "small" images such as CIFAR's, "grey" ones of one channel
+            such as X-rays, or "multiband" ones whose channels are no colours.
         color_ops: whose colour operations, "torchvision" or "google"; None: the preset's.
         crop_sampling: whose distribution of crops, "torchvision" or "google"; None: the preset's.
         augmentation: single fields of the augmentation that differ from the preset.
