@@ -44,7 +44,6 @@ PARTS: dict[str, tuple[Augmentation, float | None]] = {
 }
 
 
-
 def batch(a: Augmentation, count: int, device: str) -> tuple[Tensor, Tensor]:
     """``count`` views, two an image, of smooth colours with some noise, and their draws."""
     generator = torch.Generator().manual_seed(0)

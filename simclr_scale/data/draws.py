@@ -1,8 +1,8 @@
 """Every random choice of both views of an image, drawn before any pixel is touched.
 
 The draws of an image are a pure function of (seed, epoch, index), and what a whole batch draws together one of (seed,
-epoch, number of the global batch): nothing depends on the worker, the rank or a restart. The draws travel with the image
-as one row of numbers; the operations that use them are deterministic.
+epoch, number of the global batch): nothing depends on the worker, the rank or a restart. The draws travel with the
+image as one row of numbers; the operations that use them are deterministic.
 """
 
 import math

@@ -49,7 +49,11 @@ def test_overrides_replace_single_fields() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((name, value) for name in ("flip", "jitter", "grey", "channel_drop", "blur") for value in (-0.1, 1.1, math.nan)),
+        *(
+            (name, value)
+            for name in ("flip", "jitter", "grey", "channel_drop", "blur")
+            for value in (-0.1, 1.1, math.nan)
+        ),
         *(
             (name, value)
             for name in ("strength", "brightness", "contrast", "saturation", "hue")
@@ -140,7 +144,7 @@ def test_a_color_operation_without_colors_is_refused(field: str, channels: int, 
 
 
 def test_the_only_channel_is_not_to_be_dropped() -> None:
-    with pytest.raises(InputError, match=r"augmentation\.channel_drop 0\.1 .*; set it to 0, or take data\.preset grey$"):
+    with pytest.raises(InputError, match=r"channel_drop 0\.1 .*; set it to 0, or take data\.preset grey$"):
         PRESETS["multiband"].require_channels(1)
     PRESETS["multiband"].require_channels(2)
 

@@ -302,7 +302,7 @@ def channel_chain(image: Tensor, draw: np.ndarray, augmentation: Augmentation) -
     return x.clip(0, 1)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5, 13])
+@pytest.mark.parametrize("channels", [1, 3, 6])
 @pytest.mark.parametrize("preset", ["grey", "multiband"])
 def test_presets_without_colors_are_the_chain_of_each_image(preset: str, channels: int) -> None:
     augmentation = resolve(preset, {} if channels > 1 else {"channel_drop": 0.0})
@@ -336,10 +336,9 @@ def views_of(name: str, height: int = 27, width: int = 40) -> tuple[Tensor, Tens
     if name in SETS:
         return views_and_draws(SETS[name], height, width)
     channels = {"grey": 1, "multiband": 6}[name]
+    images = awkward_images(height, width).repeat(6, channels, 1, 1)[:, :channels]
     draws = draw_views(EVERYWHERE[name], 3, 0, range(24), np.array([height, width]), channels)
-    return awkward_images(height, width).repeat(6, channels, 1, 1)[:, :channels].unflatten(0, (24, 2)), torch.from_numpy(
-        draws
-    )
+    return images.unflatten(0, (24, 2)), torch.from_numpy(draws)
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -366,7 +365,7 @@ def test_a_look_at_the_device_is_noticed(read: Callable[[Tensor], Any]) -> None:
         read(mode.from_tensor(torch.ones(3)))
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", ["google_v1", "multiband"])
 def test_masks_are_one_graph_for_the_compiler(name: str) -> None:
     images, draws = (part.transpose(0, 1).flatten(0, 1) for part in views_of(name))
     compiled = torch.compile(augment_by_masks, fullgraph=True, backend="eager")

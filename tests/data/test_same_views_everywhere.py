@@ -27,9 +27,7 @@ def epoch_of_this_rank(workers: int, seed: int = 3) -> Epoch:
     sampler = GlobalBatchSampler(
         20, 6, seed=seed, rank=rank, world_size=world_size, position=lambda: Position(epoch=1, batch=0)
     )
-    dataset = ViewsDataset(
-        GradientSource(20, (31, 40), (25, 20)), resolve("natural", {"blur_per": "batch"}), 16, seed
-    )
+    dataset = ViewsDataset(GradientSource(20, (31, 40), (25, 20)), resolve("natural", {"blur_per": "batch"}), 16, seed)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=keep)
     return [
         {
