@@ -92,7 +92,7 @@ def by_kornia(a: Augmentation, views: Tensor, chunk: int) -> Callable[[], Any]:
     ]
     pipeline = torch.nn.Sequential(*(module for probability, module in modules if probability > 0))
     images = views.flatten(0, 1)
-    return lambda: [pipeline(part / 255) for part in images.split(chunk)]
+    return lambda: torch.cat([pipeline(part / 255) for part in images.split(chunk)])
 
 
 def claims(device: str, runs: int) -> list[Claim]:

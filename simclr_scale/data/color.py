@@ -12,10 +12,12 @@ every operation there, and masks choose.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +34,10 @@ _LUMA = (0.2989, 0.587, 0.114)
 _GROUP_BYTES_ON_CPU = 640 << 10
 # Bounds the memory of intermediate images.
 _CHUNK_BYTES_ON_ACCELERATORS = 256 << 20
-# Blocks of the banded matrices of a blur: larger ones multiply more zeros, smaller ones are less work at a time.
-_BLUR_BLOCK_ON_CPU = 32
+# Side of the blocks of a blur's matrices: larger ones multiply more zeros, smaller ones are less work at a time.
+_BLUR_BLOCK_ON_CPU = 16
+# In standard deviations: what lies farther, a 4e-8 of the whole, is nothing to a sum of float32.
+_BLUR_REACH = 5.5
 
 # (images, factor) -> images; the factor is (B, 1, 1, 1), or (B, C, 1, 1) for the brightness and contrast of channels.
 Operation = Callable[[Tensor, Tensor], Tensor]
@@ -63,11 +67,12 @@ def augment_colors(views: Tensor, draws: Tensor, augmentation: Augmentation) -> 
 def _augment_in_groups(views: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
     """On a CPU, where the draws can be looked at."""
     images, count = views.flatten(0, 1), len(views)
-    out = torch.empty((2 * count, *views.shape[2:]), dtype=torch.float32)
+    # NumPy asks for large pages, without which the first touch of a large result takes as long as some jitters.
+    out = torch.from_numpy(np.empty((2 * count, *views.shape[2:]), dtype=np.float32))
     for rows, order in _groups(draws, max(1, _GROUP_BYTES_ON_CPU // (out[0].numel() * out.element_size()))):
         own = draws[rows]
         # Views lie image by image, results view by view.
-        x = images[2 * (rows % count) + rows // count].to(torch.float32).div_(255)
+        x = images.index_select(0, 2 * (rows % count) + rows // count).to(torch.float32).div_(255)
         x = _where_drawn(x, own[:, Draw.FLIP], lambda part: part.flip(-1))
         operations = _jitters(augmentation, x.shape[1]) if order is not None else {}
         for operation in order or ():
@@ -301,50 +306,61 @@ def blur(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
     """Gaussian blur, separable, with a standard deviation for each image.
 
     A convolution with a kernel for each image is slow on every device. Here each direction is a product with the
-    banded matrix of the convolution, padding included; on a CPU block by block along the band.
+    banded matrix of the convolution; on a CPU, where zeros cost time, block by block along the band.
 
     Args:
         x: (B, C, H, W).
         sigma: (B,) in pixels.
         padding: "reflect" (torchvision) or "constant" (zeros, Google's 'SAME').
     """
-    batch, channels, height, width = x.shape
+    height, width = x.shape[-2:]
     half = blur_kernel_size(height) // 2
     offsets = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
-    block = _BLUR_BLOCK_ON_CPU if x.device.type == "cpu" else max(height, width)
+    if x.device.type != "cpu":
+        down, across = (_blur_matrix(kernel, size, padding)[:, None] for size in (height, width))
+        return down @ x @ across.mT
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for image, weights, deviation, result in zip(x, kernel, sigma.tolist(), out, strict=True):
+        reach = min(half, math.ceil(_BLUR_REACH * deviation))
+        _blur_in_blocks(image, weights[half - reach : half + reach + 1], padding, result)
+    return out
 
-    across = [(inside, weights.mT.contiguous()) for inside, weights in _band(kernel, width, padding, block)]
-    lines = x.flatten(1, 2)
-    x = torch.cat([torch.bmm(lines[..., inside], weights) for inside, weights in across], -1)
-    x = x.view(batch, channels, height, width)
-    down = [(inside, weights[:, None]) for inside, weights in _band(kernel, height, padding, block)]
-    return torch.cat([weights @ x[:, :, inside] for inside, weights in down], 2)
+
+def _moved(kernel: Tensor, size: int) -> Tensor:
+    """(..., K) -> (..., size, size + K - 1): row i is the kernel moved by i."""
+    return F.pad(kernel, (size - 1, size - 1)).unfold(-1, size + kernel.shape[-1] - 1, 1).flip(-2)
 
 
-def _band(kernel: Tensor, size: int, padding: str, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """The matrix (B, size, size) of a convolution along one axis, in blocks of rows: their columns that are not zero.
-
-    Args:
-        kernel: (B, 2 * half + 1), with half < size.
-
-    Yields:
-        Which columns, and the weights (B, rows, columns).
-    """
+def _blur_matrix(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """(B, K) -> (B, size, size): the convolution along one axis, with weights beyond a border folded back or left out."""
     half = kernel.shape[1] // 2
-    block = min(block, size)
-    # Row i of a block is the kernel moved by i.
-    moved = F.pad(kernel, (block - 1, block - 1)).unfold(1, block + 2 * half, 1).flip(1)
-    for first in range(0, size, block):
-        rows = min(block, size - first)
-        before, after = max(half - first, 0), max(first + rows + half - size, 0)
-        weights = moved[:, :rows, : rows + 2 * half]
-        outside_left, outside_right = weights[..., :before], weights[..., weights.shape[2] - after :]
-        weights = weights[..., before : weights.shape[2] - after]
-        if padding == "reflect" and before + after > 0:
-            weights = weights.clone()
-            weights[..., 1 : before + 1] += outside_left.flip(-1)
-            last = weights.shape[2] - 1
-            weights[..., last - after : last] += outside_right.flip(-1)
-        yield slice(first - half + before, first + rows + half - after), weights
+    weights = _moved(kernel, size)
+    inside = weights[..., half : half + size]
+    if padding == "reflect":
+        beyond = [weights[..., :half].flip(-1), weights[..., half + size :].flip(-1)]
+        inside = inside + F.pad(beyond[0], (1, size - 1 - half)) + F.pad(beyond[1], (size - 1 - half, 1))
+    return inside
+
+
+def _blur_in_blocks(image: Tensor, kernel: Tensor, padding: str, out: Tensor) -> None:
+    """One image (C, H, W) with one kernel. All blocks of rows, or of columns, are one product, as they share weights."""
+    channels, height, width = image.shape
+    half, block = len(kernel) // 2, _BLUR_BLOCK_ON_CPU
+    down, across = -(-height // block), -(-width // block)
+    padded = image.new_zeros(channels, down * block + 2 * half, across * block + 2 * half)
+    padded[:, half : half + height, half : half + width] = image
+    if padding == "reflect" and half > 0:
+        for axis, size in ((1, height), (2, width)):
+            before, after = padded.narrow(axis, half + 1, half), padded.narrow(axis, size - 1, half)
+            padded.narrow(axis, 0, half).copy_(before.flip(axis))
+            padded.narrow(axis, half + size, half).copy_(after.flip(axis))
+    weights = _moved(kernel, block)
+    between = image.new_empty(channels, down * block, padded.shape[2])
+    for rows, result in zip(padded, between, strict=True):
+        blocks = rows.unfold(0, weights.shape[1], block).transpose(1, 2)
+        torch.bmm(weights.expand(down, -1, -1), blocks, out=result.view(down, block, -1))
+    lines = between[:, :height].reshape(channels * height, -1).unfold(1, weights.shape[1], block).transpose(0, 1)
+    blurred = torch.bmm(lines, weights.T.contiguous().expand(across, -1, -1))
+    out.copy_(blurred.transpose(0, 1).reshape(channels, height, across * block)[..., :width])
