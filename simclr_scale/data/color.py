@@ -20,6 +20,7 @@ from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_scale.data.augmentation import Augmentation
@@ -69,39 +70,56 @@ def _augment_in_groups(views: Tensor, draws: Tensor, augmentation: Augmentation)
     images, count = views.flatten(0, 1), len(views)
     # NumPy asks for large pages, without which the first touch of a large result takes as long as some jitters.
     out = torch.from_numpy(np.empty((2 * count, *views.shape[2:]), dtype=np.float32))
-    for rows, order in _groups(draws, max(1, _GROUP_BYTES_ON_CPU // (out[0].numel() * out.element_size()))):
-        own = draws[rows]
+    operations, blurred = _jitters(augmentation, views.shape[2]), _clipped_blur(blur_in_blocks, augmentation)
+    limit = max(1, _GROUP_BYTES_ON_CPU // (out[0].numel() * out.element_size()))
+    for rows, order in _groups(draws.numpy(), limit):
         # Views lie image by image, results view by view.
-        x = images.index_select(0, 2 * (rows % count) + rows // count).to(torch.float32).div_(255)
-        x = _where_drawn(x, own[:, Draw.FLIP], lambda part: part.flip(-1))
-        operations = _jitters(augmentation, x.shape[1]) if order is not None else {}
-        for operation in order or ():
+        x = _take(images, 2 * (rows % count) + rows // count)
+        own = _take(draws, rows)
+        flags = own.numpy() > 0
+        x = _where_drawn(x, flags[:, Draw.FLIP], lambda part: part.flip(-1))
+        x = x.to(torch.float32, copy=True).div_(255)
+        for operation in order:
             if operation in operations:
                 function, columns = operations[operation]
                 x = function(x, own[:, columns, None, None]).clamp_(0, 1)
-        x = _drop_color(x, own, augmentation, _where_drawn)
+        if augmentation.grey > 0:
+            x = _where_drawn(x, flags[:, Draw.GREY], grey)
+        if augmentation.channel_drop > 0:
+            x = drop_channels(x, own)
         if augmentation.blur > 0:
-            x = _where_drawn(x, own[:, Draw.BLUR], _blur_as(augmentation), own[:, Draw.SIGMA])
-        out.index_copy_(0, rows, x)
+            x = _where_drawn(x, flags[:, Draw.BLUR], blurred, own[:, Draw.SIGMA])
+        if len(rows) == 1:
+            out[rows[0]] = x[0]
+        else:
+            out[torch.from_numpy(rows)] = x
     return out
 
 
-def _groups(draws: Tensor, limit: int) -> Iterator[tuple[Tensor, tuple[int, ...] | None]]:
-    """Rows of images that are jittered in the same order, at most ``limit`` at a time, and that order or None."""
-    orders = torch.where(draws[:, Draw.JITTER] > 0, draws[:, Draw.ORDER].long(), -1)
-    sorted_orders, rows = orders.sort(stable=True)
-    values, sizes = sorted_orders.unique_consecutive(return_counts=True)
-    for order, group in zip(values.tolist(), rows.split(sizes.tolist()), strict=True):
-        for part in group.split(limit):
-            yield part, (ORDERS[order] if order >= 0 else None)
+def _groups(draws: NDArray[np.float32], limit: int) -> Iterator[tuple[NDArray[np.int64], tuple[int, ...]]]:
+    """Rows of images whose jitters come in the same order, at most ``limit`` at a time, and that order, maybe none."""
+    orders = np.where(draws[:, Draw.JITTER] > 0, draws[:, Draw.ORDER], -1).astype(np.int64)
+    sorted_rows = orders.argsort(kind="stable")
+    borders = np.flatnonzero(np.diff(orders[sorted_rows])) + 1
+    for group in np.split(sorted_rows, borders):
+        order = orders[group[0]]
+        for start in range(0, len(group), limit):
+            yield group[start : start + limit], (ORDERS[order] if order >= 0 else ())
 
 
-def _where_drawn(x: Tensor, flags: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+def _take(values: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Some rows, not copied where it is one."""
+    if len(rows) == 1:
+        return values[rows[0] : rows[0] + 1]
+    return values.index_select(0, torch.from_numpy(rows))
+
+
+def _where_drawn(x: Tensor, flags: NDArray[np.bool_], function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """``function`` of the images whose flag is set, in place where they are not all."""
-    chosen = flags.nonzero()[:, 0]
-    if len(chosen) == len(x):
+    if flags.all():
         return function(x, *parameters)
-    if len(chosen):
+    if flags.any():
+        chosen = torch.from_numpy(flags.nonzero()[0])
         x[chosen] = function(x[chosen], *(parameter[chosen] for parameter in parameters))
     return x
 
@@ -126,9 +144,13 @@ def augment_by_masks(images: Tensor, draws: Tensor, augmentation: Augmentation) 
             here = (jittered & (chosen == operation))[:, None, None, None]
             x = torch.where(here, function(before, draws[:, columns, None, None]), x)
         x = x.clamp(0, 1)
-    x = _drop_color(x, draws, augmentation, _select)
+    if augmentation.grey > 0:
+        x = _select(x, draws[:, Draw.GREY], grey)
+    if augmentation.channel_drop > 0:
+        x = drop_channels(x, draws)
     if augmentation.blur > 0:
-        x = _select(x, draws[:, Draw.BLUR], _blur_as(augmentation), draws[:, Draw.SIGMA])
+        blur = _clipped_blur(blur_by_matrices, augmentation)
+        x = _select(x, draws[:, Draw.BLUR], blur, draws[:, Draw.SIGMA])
     return x
 
 
@@ -205,15 +227,7 @@ def _column(draw: Draw) -> slice:
     return slice(draw, draw + 1)
 
 
-def _drop_color(x: Tensor, draws: Tensor, augmentation: Augmentation, choose: Callable[..., Tensor]) -> Tensor:
-    if augmentation.grey > 0:
-        x = choose(x, draws[:, Draw.GREY], grey)
-    if augmentation.channel_drop > 0:
-        x = x * (1 - draws[:, ChannelDraw.DROP.columns(x.shape[1]), None, None])
-    return x
-
-
-def _blur_as(augmentation: Augmentation) -> Callable[[Tensor, Tensor], Tensor]:
+def _clipped_blur(blur: Callable[..., Tensor], augmentation: Augmentation) -> Callable[[Tensor, Tensor], Tensor]:
     padding = "constant" if augmentation.color_ops == "google" else "reflect"
     return lambda x, sigma: blur(x, sigma, padding).clamp_(0, 1)
 
@@ -229,6 +243,11 @@ def grey(x: Tensor) -> Tensor:
     return luma(x).repeat(1, 3, 1, 1)
 
 
+def drop_channels(x: Tensor, draws: Tensor) -> Tensor:
+    """Some channels set to 0, by draws (B, P) that have them."""
+    return x * (1 - draws[:, ChannelDraw.DROP.columns(x.shape[1]), None, None])
+
+
 def scale_brightness(x: Tensor, factor: Tensor) -> Tensor:
     return x * factor
 
@@ -238,23 +257,27 @@ def add_brightness(x: Tensor, delta: Tensor) -> Tensor:
     return x + delta
 
 
-# torch.lerp would say the same as the three sums below, and takes four times as long on a CPU.
-
-
 def contrast_by_grey(x: Tensor, factor: Tensor) -> Tensor:
     """torchvision's contrast: away from the mean luma of the image."""
-    mean = luma(x.mean((2, 3), keepdim=True))
-    return (x * factor).add_(mean * (1 - factor))
+    return _away_from(luma(x.mean((2, 3), keepdim=True)), x, factor)
 
 
 def contrast_by_channel(x: Tensor, factor: Tensor) -> Tensor:
     """TensorFlow's contrast (tf.image.adjust_contrast): away from the mean of each channel."""
-    return (x * factor).add_(x.mean((2, 3), keepdim=True) * (1 - factor))
+    return _away_from(x.mean((2, 3), keepdim=True), x, factor)
 
 
 def saturation_by_grey(x: Tensor, factor: Tensor) -> Tensor:
     """torchvision's saturation: away from the grey image."""
-    return (x * factor).add_(luma(x) * (1 - factor))
+    return _away_from(luma(x), x, factor)
+
+
+def _away_from(centre: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``centre + factor * (x - centre)``. torch.lerp says the same and takes four times as long on a CPU."""
+    rest = centre * (1 - factor)
+    if x.device.type == "cpu" and factor.numel() == 1:
+        return torch.add(rest, x, alpha=factor.item())
+    return (x * factor).add_(rest)
 
 
 def saturation_in_hsv(x: Tensor, factor: Tensor) -> Tensor:
@@ -262,9 +285,9 @@ def saturation_in_hsv(x: Tensor, factor: Tensor) -> Tensor:
 
     With V and hue fixed, a channel's distance from V = max(R, G, B) is proportional to S.
     """
-    value, chroma = _value_and_chroma(x)
-    # S' / S = min(factor, 1 / S) with S = chroma / V; a grey pixel has no distance to scale.
-    ratio = torch.minimum(value / chroma.clamp(min=torch.finfo(x.dtype).tiny), factor[:, 0])[:, None]
+    value, low = _extremes(x)
+    # S' / S = min(factor, 1 / S) with S = (V - min) / V; a grey pixel has no distance to scale.
+    ratio = torch.minimum(value / (value - low).clamp(min=torch.finfo(x.dtype).tiny), factor[:, 0])[:, None]
     value = value[:, None]
     return ((x - value) * ratio).add_(value)
 
@@ -278,8 +301,8 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     between 1 and 2. No step chooses between cases, which is the slow part of the textbook's formula.
     """
     red, green, blue = x.unbind(1)
-    value, chroma = _value_and_chroma(x)
-    low = value - chroma
+    value, low = _extremes(x)
+    chroma = value.sub_(low)
     distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).add_(1)
     hue = torch.copysign(distance, green - blue)[:, None]
     shift = 6 * turns
@@ -287,14 +310,13 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     around = 6 * (shift < 0)
     to_channels = torch.cat((shift, shift - 2 + around, shift - 4 + around), 1)
     beyond = (hue + to_channels).abs_().sub_(3).abs_().clamp_(1, 2)
-    return beyond.mul_(chroma[:, None]).add_((low - chroma)[:, None])
+    return beyond.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
 
 
-def _value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V of HSV and max - min, each (B, H, W)."""
+def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the smallest of three channels, each (B, H, W)."""
     red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    return value, value - torch.minimum(torch.minimum(red, green), blue)
+    return torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
 
 
 def blur_kernel_size(image_size: int) -> int:
@@ -302,30 +324,37 @@ def blur_kernel_size(image_size: int) -> int:
     return 2 * (image_size // 10 // 2) + 1
 
 
-def blur(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
-    """Gaussian blur, separable, with a standard deviation for each image.
+def blur_in_blocks(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
+    """Gaussian blur, separable, with a standard deviation for each image, as a CPU likes it.
 
     A convolution with a kernel for each image is slow on every device. Here each direction is a product with the
-    banded matrix of the convolution; on a CPU, where zeros cost time, block by block along the band.
+    banded matrix of the convolution, block by block along the band: zeros would cost time.
 
     Args:
         x: (B, C, H, W).
         sigma: (B,) in pixels.
         padding: "reflect" (torchvision) or "constant" (zeros, Google's 'SAME').
     """
-    height, width = x.shape[-2:]
-    half = blur_kernel_size(height) // 2
-    offsets = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    if x.device.type != "cpu":
-        down, across = (_blur_matrix(kernel, size, padding)[:, None] for size in (height, width))
-        return down @ x @ across.mT
+    half = blur_kernel_size(x.shape[-2]) // 2
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for image, weights, deviation, result in zip(x, kernel, sigma.tolist(), out, strict=True):
+    for image, kernel, deviation, result in zip(x, _kernels(sigma, half), sigma.tolist(), out, strict=True):
         reach = min(half, math.ceil(_BLUR_REACH * deviation))
-        _blur_in_blocks(image, weights[half - reach : half + reach + 1], padding, result)
+        _blur_one_in_blocks(image, kernel[half - reach : half + reach + 1], padding, result)
     return out
+
+
+def blur_by_matrices(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
+    """:func:`blur_in_blocks` with whole matrices and without a look at ``sigma``, as an accelerator likes it."""
+    kernels = _kernels(sigma, blur_kernel_size(x.shape[-2]) // 2)
+    down, across = (_blur_matrix(kernels, size, padding)[:, None] for size in x.shape[-2:])
+    return down @ x @ across.mT
+
+
+def _kernels(sigma: Tensor, half: int) -> Tensor:
+    """(B,) -> (B, 2 * half + 1)."""
+    offsets = torch.arange(-half, half + 1, device=sigma.device, dtype=sigma.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    return kernels / kernels.sum(1, keepdim=True)
 
 
 def _moved(kernel: Tensor, size: int) -> Tensor:
@@ -334,7 +363,7 @@ def _moved(kernel: Tensor, size: int) -> Tensor:
 
 
 def _blur_matrix(kernel: Tensor, size: int, padding: str) -> Tensor:
-    """(B, K) -> (B, size, size): the convolution along one axis, with weights beyond a border folded back or left out."""
+    """(B, K) -> (B, size, size): the convolution along one axis, weights beyond a border folded back or left out."""
     half = kernel.shape[1] // 2
     weights = _moved(kernel, size)
     inside = weights[..., half : half + size]
@@ -344,8 +373,8 @@ def _blur_matrix(kernel: Tensor, size: int, padding: str) -> Tensor:
     return inside
 
 
-def _blur_in_blocks(image: Tensor, kernel: Tensor, padding: str, out: Tensor) -> None:
-    """One image (C, H, W) with one kernel. All blocks of rows, or of columns, are one product, as they share weights."""
+def _blur_one_in_blocks(image: Tensor, kernel: Tensor, padding: str, out: Tensor) -> None:
+    """One image (C, H, W) with one kernel. The blocks of rows, or of columns, share weights and are one product."""
     channels, height, width = image.shape
     half, block = len(kernel) // 2, _BLUR_BLOCK_ON_CPU
     down, across = -(-height // block), -(-width // block)
@@ -363,4 +392,7 @@ def _blur_in_blocks(image: Tensor, kernel: Tensor, padding: str, out: Tensor) ->
         torch.bmm(weights.expand(down, -1, -1), blocks, out=result.view(down, block, -1))
     lines = between[:, :height].reshape(channels * height, -1).unfold(1, weights.shape[1], block).transpose(0, 1)
     blurred = torch.bmm(lines, weights.T.contiguous().expand(across, -1, -1))
-    out.copy_(blurred.transpose(0, 1).reshape(channels, height, across * block)[..., :width])
+    wide = out if width == across * block else out.new_empty(channels, height, across * block)
+    wide.view(channels * height, across, block).copy_(blurred.transpose(0, 1))
+    if wide is not out:
+        out.copy_(wide[..., :width])

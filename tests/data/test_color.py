@@ -12,7 +12,6 @@ import torch
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from scipy.ndimage import correlate1d
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torchvision.transforms.v2 import functional as tv
 
 from simclr_scale.data import color
@@ -131,16 +130,17 @@ def test_grey_is_torchvisions(size: tuple[int, int]) -> None:
     close(color.grey(images), tv.rgb_to_grayscale(images.double(), num_output_channels=3))
 
 
-@pytest.mark.parametrize("size", [(20, 31), (41, 23), (96, 96)])
-def test_blur_is_its_reference(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(20, 31), (41, 23), (97, 70), (64, 64)])
+@pytest.mark.parametrize("blur", [color.blur_in_blocks, color.blur_by_matrices])
+def test_blur_is_its_reference(blur: Callable[..., Tensor], size: tuple[int, int]) -> None:
     images = awkward_images(*size) / 255
     kernel = color.blur_kernel_size(size[0])
     sigmas = torch.linspace(0.1, 2, len(images))
     pairs = list(zip(images.double(), sigmas.tolist(), strict=True))
     reflected = [tv.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) for image, sigma in pairs]
-    close(color.blur(images, sigmas, "reflect"), torch.stack(reflected))
+    close(blur(images, sigmas, "reflect"), torch.stack(reflected))
     zero_padded = [tf_blur(image.numpy(), kernel, sigma) for image, sigma in pairs]
-    close(color.blur(images, sigmas, "constant"), np.stack(zero_padded))
+    close(blur(images, sigmas, "constant"), np.stack(zero_padded))
 
 
 def test_blur_kernel_is_a_tenth_of_the_image() -> None:
@@ -352,17 +352,16 @@ def test_masks_choose_what_groups_choose(name: str) -> None:
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_masks_never_wait_for_the_device(name: str) -> None:
     """Tensors without values: whatever reads one, or has a shape that depends on one, raises."""
-    views, draws = (part.transpose(0, 1).flatten(0, 1) for part in views_of(name))
-    with FakeTensorMode() as mode:
-        fake = augment_by_masks(mode.from_tensor(views), mode.from_tensor(draws), EVERYWHERE[name])
-    assert fake.shape == views.shape
-    assert fake.dtype == torch.float32
+    images, draws = (part.transpose(0, 1).flatten(0, 1).to("meta") for part in views_of(name))
+    augmented = augment_by_masks(images, draws, EVERYWHERE[name])
+    assert augmented.shape == images.shape
+    assert augmented.dtype == torch.float32
 
 
 @pytest.mark.parametrize("read", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item(), torch.unique])
 def test_a_look_at_the_device_is_noticed(read: Callable[[Tensor], Any]) -> None:
-    with FakeTensorMode() as mode, pytest.raises((DynamicOutputShapeException, DataDependentOutputException)):
-        read(mode.from_tensor(torch.ones(3)))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        read(torch.ones(3, device="meta"))
 
 
 @pytest.mark.parametrize("name", ["google_v1", "multiband"])
@@ -394,14 +393,3 @@ def test_without_a_compiler_the_operations_run_one_by_one(monkeypatch: pytest.Mo
         assert torch.equal(color._compiled(images, draws, SETS["torchvision"]), expected)
     assert torch.equal(color._compiled(images, draws, SETS["torchvision"]), expected)
     assert len(calls) == 1, "a failure is not repeated at every batch"
-
-
-def test_blur_of_an_oblong_image_in_blocks_that_do_not_divide_it() -> None:
-    for height, width in ((97, 70), (65, 33), (224, 224)):
-        images = torch.rand(2, 2, height, width)
-        kernel, sigmas = color.blur_kernel_size(height), torch.tensor([0.4, 1.9])
-        expected = [
-            tv.gaussian_blur(image.double(), [kernel] * 2, [float(sigma)] * 2)
-            for image, sigma in zip(images, sigmas, strict=True)
-        ]
-        close(color.blur(images, sigmas, "reflect"), torch.stack(expected))
