@@ -12,12 +12,15 @@ every operation there, and masks choose.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_scale.data.augmentation import Augmentation
@@ -32,8 +35,10 @@ _LUMA = (0.2989, 0.587, 0.114)
 _GROUP_BYTES_ON_CPU = 640 << 10
 # Bounds the memory of intermediate images.
 _CHUNK_BYTES_ON_ACCELERATORS = 256 << 20
-# Blocks of the banded matrices of a blur: larger ones multiply more zeros, smaller ones are less work at a time.
-_BLUR_BLOCK_ON_CPU = 32
+# Side of the blocks of a blur's matrices: larger ones multiply more zeros, smaller ones are less work at a time.
+_BLUR_BLOCK_ON_CPU = 16
+# In standard deviations: what lies farther, a 4e-8 of the whole, is nothing to a sum of float32.
+_BLUR_REACH = 5.5
 
 # (images, factor) -> images; the factor is (B, 1, 1, 1), or (B, C, 1, 1) for the brightness and contrast of channels.
 Operation = Callable[[Tensor, Tensor], Tensor]
@@ -63,40 +68,58 @@ def augment_colors(views: Tensor, draws: Tensor, augmentation: Augmentation) -> 
 def _augment_in_groups(views: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
     """On a CPU, where the draws can be looked at."""
     images, count = views.flatten(0, 1), len(views)
-    out = torch.empty((2 * count, *views.shape[2:]), dtype=torch.float32)
-    for rows, order in _groups(draws, max(1, _GROUP_BYTES_ON_CPU // (out[0].numel() * out.element_size()))):
-        own = draws[rows]
+    # NumPy asks for large pages, without which the first touch of a large result takes as long as some jitters.
+    out = torch.from_numpy(np.empty((2 * count, *views.shape[2:]), dtype=np.float32))
+    operations, blurred = _jitters(augmentation, views.shape[2]), _clipped_blur(blur_in_blocks, augmentation)
+    limit = max(1, _GROUP_BYTES_ON_CPU // (out[0].numel() * out.element_size()))
+    for rows, order in _groups(draws.numpy(), limit):
         # Views lie image by image, results view by view.
-        x = images[2 * (rows % count) + rows // count].to(torch.float32).div_(255)
-        x = _where_drawn(x, own[:, Draw.FLIP], lambda part: part.flip(-1))
-        operations = _jitters(augmentation, x.shape[1]) if order is not None else {}
-        for operation in order or ():
+        x = _take(images, 2 * (rows % count) + rows // count)
+        own = _take(draws, rows)
+        flags = own.numpy() > 0
+        x = _where_drawn(x, flags[:, Draw.FLIP], lambda part: part.flip(-1))
+        x = x.to(torch.float32, copy=True).div_(255)
+        for operation in order:
             if operation in operations:
                 function, columns = operations[operation]
                 x = function(x, own[:, columns, None, None]).clamp_(0, 1)
-        x = _drop_color(x, own, augmentation, _where_drawn)
+        if augmentation.grey > 0:
+            x = _where_drawn(x, flags[:, Draw.GREY], grey)
+        if augmentation.channel_drop > 0:
+            x = drop_channels(x, own)
         if augmentation.blur > 0:
-            x = _where_drawn(x, own[:, Draw.BLUR], _blur_as(augmentation), own[:, Draw.SIGMA])
-        out.index_copy_(0, rows, x)
+            x = _where_drawn(x, flags[:, Draw.BLUR], blurred, own[:, Draw.SIGMA])
+        if len(rows) == 1:
+            out[rows[0]] = x[0]
+        else:
+            out[torch.from_numpy(rows)] = x
     return out
 
 
-def _groups(draws: Tensor, limit: int) -> Iterator[tuple[Tensor, tuple[int, ...] | None]]:
-    """Rows of images that are jittered in the same order, at most ``limit`` at a time, and that order or None."""
-    orders = torch.where(draws[:, Draw.JITTER] > 0, draws[:, Draw.ORDER].long(), -1)
-    sorted_orders, rows = orders.sort(stable=True)
-    values, sizes = sorted_orders.unique_consecutive(return_counts=True)
-    for order, group in zip(values.tolist(), rows.split(sizes.tolist()), strict=True):
-        for part in group.split(limit):
-            yield part, (ORDERS[order] if order >= 0 else None)
+def _groups(draws: NDArray[np.float32], limit: int) -> Iterator[tuple[NDArray[np.int64], tuple[int, ...]]]:
+    """Rows of images whose jitters come in the same order, at most ``limit`` at a time, and that order, maybe none."""
+    orders = np.where(draws[:, Draw.JITTER] > 0, draws[:, Draw.ORDER], -1).astype(np.int64)
+    sorted_rows = orders.argsort(kind="stable")
+    borders = np.flatnonzero(np.diff(orders[sorted_rows])) + 1
+    for group in np.split(sorted_rows, borders):
+        order = orders[group[0]]
+        for start in range(0, len(group), limit):
+            yield group[start : start + limit], (ORDERS[order] if order >= 0 else ())
 
 
-def _where_drawn(x: Tensor, flags: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+def _take(values: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Some rows, not copied where it is one."""
+    if len(rows) == 1:
+        return values[rows[0] : rows[0] + 1]
+    return values.index_select(0, torch.from_numpy(rows))
+
+
+def _where_drawn(x: Tensor, flags: NDArray[np.bool_], function: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """``function`` of the images whose flag is set, in place where they are not all."""
-    chosen = flags.nonzero()[:, 0]
-    if len(chosen) == len(x):
+    if flags.all():
         return function(x, *parameters)
-    if len(chosen):
+    if flags.any():
+        chosen = torch.from_numpy(flags.nonzero()[0])
         x[chosen] = function(x[chosen], *(parameter[chosen] for parameter in parameters))
     return x
 
@@ -121,9 +144,13 @@ def augment_by_masks(images: Tensor, draws: Tensor, augmentation: Augmentation) 
             here = (jittered & (chosen == operation))[:, None, None, None]
             x = torch.where(here, function(before, draws[:, columns, None, None]), x)
         x = x.clamp(0, 1)
-    x = _drop_color(x, draws, augmentation, _select)
+    if augmentation.grey > 0:
+        x = _select(x, draws[:, Draw.GREY], grey)
+    if augmentation.channel_drop > 0:
+        x = drop_channels(x, draws)
     if augmentation.blur > 0:
-        x = _select(x, draws[:, Draw.BLUR], _blur_as(augmentation), draws[:, Draw.SIGMA])
+        blur = _clipped_blur(blur_by_matrices, augmentation)
+        x = _select(x, draws[:, Draw.BLUR], blur, draws[:, Draw.SIGMA])
     return x
 
 
@@ -200,15 +227,7 @@ def _column(draw: Draw) -> slice:
     return slice(draw, draw + 1)
 
 
-def _drop_color(x: Tensor, draws: Tensor, augmentation: Augmentation, choose: Callable[..., Tensor]) -> Tensor:
-    if augmentation.grey > 0:
-        x = choose(x, draws[:, Draw.GREY], grey)
-    if augmentation.channel_drop > 0:
-        x = x * (1 - draws[:, ChannelDraw.DROP.columns(x.shape[1]), None, None])
-    return x
-
-
-def _blur_as(augmentation: Augmentation) -> Callable[[Tensor, Tensor], Tensor]:
+def _clipped_blur(blur: Callable[..., Tensor], augmentation: Augmentation) -> Callable[[Tensor, Tensor], Tensor]:
     padding = "constant" if augmentation.color_ops == "google" else "reflect"
     return lambda x, sigma: blur(x, sigma, padding).clamp_(0, 1)
 
@@ -224,6 +243,11 @@ def grey(x: Tensor) -> Tensor:
     return luma(x).repeat(1, 3, 1, 1)
 
 
+def drop_channels(x: Tensor, draws: Tensor) -> Tensor:
+    """Some channels set to 0, by draws (B, P) that have them."""
+    return x * (1 - draws[:, ChannelDraw.DROP.columns(x.shape[1]), None, None])
+
+
 def scale_brightness(x: Tensor, factor: Tensor) -> Tensor:
     return x * factor
 
@@ -233,23 +257,27 @@ def add_brightness(x: Tensor, delta: Tensor) -> Tensor:
     return x + delta
 
 
-# torch.lerp would say the same as the three sums below, and takes four times as long on a CPU.
-
-
 def contrast_by_grey(x: Tensor, factor: Tensor) -> Tensor:
     """torchvision's contrast: away from the mean luma of the image."""
-    mean = luma(x.mean((2, 3), keepdim=True))
-    return (x * factor).add_(mean * (1 - factor))
+    return _away_from(luma(x.mean((2, 3), keepdim=True)), x, factor)
 
 
 def contrast_by_channel(x: Tensor, factor: Tensor) -> Tensor:
     """TensorFlow's contrast (tf.image.adjust_contrast): away from the mean of each channel."""
-    return (x * factor).add_(x.mean((2, 3), keepdim=True) * (1 - factor))
+    return _away_from(x.mean((2, 3), keepdim=True), x, factor)
 
 
 def saturation_by_grey(x: Tensor, factor: Tensor) -> Tensor:
     """torchvision's saturation: away from the grey image."""
-    return (x * factor).add_(luma(x) * (1 - factor))
+    return _away_from(luma(x), x, factor)
+
+
+def _away_from(centre: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``centre + factor * (x - centre)``. torch.lerp says the same and takes four times as long on a CPU."""
+    rest = centre * (1 - factor)
+    if x.device.type == "cpu" and factor.numel() == 1:
+        return torch.add(rest, x, alpha=factor.item())
+    return (x * factor).add_(rest)
 
 
 def saturation_in_hsv(x: Tensor, factor: Tensor) -> Tensor:
@@ -257,9 +285,9 @@ def saturation_in_hsv(x: Tensor, factor: Tensor) -> Tensor:
 
     With V and hue fixed, a channel's distance from V = max(R, G, B) is proportional to S.
     """
-    value, chroma = _value_and_chroma(x)
-    # S' / S = min(factor, 1 / S) with S = chroma / V; a grey pixel has no distance to scale.
-    ratio = torch.minimum(value / chroma.clamp(min=torch.finfo(x.dtype).tiny), factor[:, 0])[:, None]
+    value, low = _extremes(x)
+    # S' / S = min(factor, 1 / S) with S = (V - min) / V; a grey pixel has no distance to scale.
+    ratio = torch.minimum(value / (value - low).clamp(min=torch.finfo(x.dtype).tiny), factor[:, 0])[:, None]
     value = value[:, None]
     return ((x - value) * ratio).add_(value)
 
@@ -273,26 +301,22 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     between 1 and 2. No step chooses between cases, which is the slow part of the textbook's formula.
     """
     red, green, blue = x.unbind(1)
-    value, chroma = _value_and_chroma(x)
-    low = value - chroma
+    value, low = _extremes(x)
+    chroma = value.sub_(low)
     distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).add_(1)
-    hue = torch.copysign(distance, green - blue)
-    shift = 6 * turns[:, 0]
+    hue = torch.copysign(distance, green - blue)[:, None]
+    shift = 6 * turns
     # 3 - ||h| - 3| is the distance from red on the circle of six while |h| <= 7.
     around = 6 * (shift < 0)
-    base = low.sub_(chroma)
-    channels = [
-        torch.addcmul(base, chroma, (hue + offset).abs_().sub_(3).abs_().clamp_(1, 2))
-        for offset in (shift, shift - 2 + around, shift - 4 + around)
-    ]
-    return torch.stack(channels, 1)
+    to_channels = torch.cat((shift, shift - 2 + around, shift - 4 + around), 1)
+    beyond = (hue + to_channels).abs_().sub_(3).abs_().clamp_(1, 2)
+    return beyond.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
 
 
-def _value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V of HSV and max - min, each (B, H, W)."""
+def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the smallest of three channels, each (B, H, W)."""
     red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    return value, value - torch.minimum(torch.minimum(red, green), blue)
+    return torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
 
 
 def blur_kernel_size(image_size: int) -> int:
@@ -300,53 +324,75 @@ def blur_kernel_size(image_size: int) -> int:
     return 2 * (image_size // 10 // 2) + 1
 
 
-def blur(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
-    """Gaussian blur, separable, with a standard deviation for each image.
+def blur_in_blocks(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
+    """Gaussian blur, separable, with a standard deviation for each image, as a CPU likes it.
 
     A convolution with a kernel for each image is slow on every device. Here each direction is a product with the
-    banded matrix of the convolution, padding included; on a CPU block by block along the band.
+    banded matrix of the convolution, block by block along the band: zeros would cost time.
 
     Args:
         x: (B, C, H, W).
         sigma: (B,) in pixels.
         padding: "reflect" (torchvision) or "constant" (zeros, Google's 'SAME').
     """
-    batch, channels, height, width = x.shape
-    half = blur_kernel_size(height) // 2
-    offsets = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    block = _BLUR_BLOCK_ON_CPU if x.device.type == "cpu" else max(height, width)
-
-    lines = x.flatten(1, 2)
-    parts = [torch.bmm(lines[..., inside], weights.mT) for inside, weights in _band(kernel, width, padding, block)]
-    x = torch.cat(parts, -1).view(batch, channels, height, width)
-    by_rows = [(inside, weights[:, None]) for inside, weights in _band(kernel, height, padding, block)]
-    return torch.cat([weights @ x[:, :, inside] for inside, weights in by_rows], 2)
+    half = blur_kernel_size(x.shape[-2]) // 2
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for image, kernel, deviation, result in zip(x, _kernels(sigma, half), sigma.tolist(), out, strict=True):
+        reach = min(half, math.ceil(_BLUR_REACH * deviation))
+        _blur_one_in_blocks(image, kernel[half - reach : half + reach + 1], padding, result)
+    return out
 
 
-def _band(kernel: Tensor, size: int, padding: str, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """The matrix (B, size, size) of a convolution along one axis, in blocks of rows: their columns that are not zero.
+def blur_by_matrices(x: Tensor, sigma: Tensor, padding: str) -> Tensor:
+    """:func:`blur_in_blocks` with whole matrices and without a look at ``sigma``, as an accelerator likes it."""
+    kernels = _kernels(sigma, blur_kernel_size(x.shape[-2]) // 2)
+    down, across = (_blur_matrix(kernels, size, padding)[:, None] for size in x.shape[-2:])
+    return down @ x @ across.mT
 
-    Args:
-        kernel: (B, 2 * half + 1), with half < size.
 
-    Yields:
-        Which columns, and the weights (B, rows, columns).
-    """
+def _kernels(sigma: Tensor, half: int) -> Tensor:
+    """(B,) -> (B, 2 * half + 1)."""
+    offsets = torch.arange(-half, half + 1, device=sigma.device, dtype=sigma.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    return kernels / kernels.sum(1, keepdim=True)
+
+
+def _moved(kernel: Tensor, size: int) -> Tensor:
+    """(..., K) -> (..., size, size + K - 1): row i is the kernel moved by i."""
+    return F.pad(kernel, (size - 1, size - 1)).unfold(-1, size + kernel.shape[-1] - 1, 1).flip(-2)
+
+
+def _blur_matrix(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """(B, K) -> (B, size, size): the convolution along one axis, weights beyond a border folded back or left out."""
     half = kernel.shape[1] // 2
-    block = min(block, size)
-    # Row i of a block is the kernel moved by i.
-    moved = F.pad(kernel, (block - 1, block - 1)).unfold(1, block + 2 * half, 1).flip(1)
-    for first in range(0, size, block):
-        rows = min(block, size - first)
-        before, after = max(half - first, 0), max(first + rows + half - size, 0)
-        weights = moved[:, :rows, : rows + 2 * half]
-        outside_left, outside_right = weights[..., :before], weights[..., weights.shape[2] - after :]
-        weights = weights[..., before : weights.shape[2] - after]
-        if padding == "reflect" and before + after > 0:
-            weights = weights.clone()
-            weights[..., 1 : before + 1] += outside_left.flip(-1)
-            last = weights.shape[2] - 1
-            weights[..., last - after : last] += outside_right.flip(-1)
-        yield slice(first - half + before, first + rows + half - after), weights
+    weights = _moved(kernel, size)
+    inside = weights[..., half : half + size]
+    if padding == "reflect":
+        beyond = [weights[..., :half].flip(-1), weights[..., half + size :].flip(-1)]
+        inside = inside + F.pad(beyond[0], (1, size - 1 - half)) + F.pad(beyond[1], (size - 1 - half, 1))
+    return inside
+
+
+def _blur_one_in_blocks(image: Tensor, kernel: Tensor, padding: str, out: Tensor) -> None:
+    """One image (C, H, W) with one kernel. The blocks of rows, or of columns, share weights and are one product."""
+    channels, height, width = image.shape
+    half, block = len(kernel) // 2, _BLUR_BLOCK_ON_CPU
+    down, across = -(-height // block), -(-width // block)
+    padded = image.new_zeros(channels, down * block + 2 * half, across * block + 2 * half)
+    padded[:, half : half + height, half : half + width] = image
+    if padding == "reflect" and half > 0:
+        for axis, size in ((1, height), (2, width)):
+            before, after = padded.narrow(axis, half + 1, half), padded.narrow(axis, size - 1, half)
+            padded.narrow(axis, 0, half).copy_(before.flip(axis))
+            padded.narrow(axis, half + size, half).copy_(after.flip(axis))
+    weights = _moved(kernel, block)
+    between = image.new_empty(channels, down * block, padded.shape[2])
+    for rows, result in zip(padded, between, strict=True):
+        blocks = rows.unfold(0, weights.shape[1], block).transpose(1, 2)
+        torch.bmm(weights.expand(down, -1, -1), blocks, out=result.view(down, block, -1))
+    lines = between[:, :height].reshape(channels * height, -1).unfold(1, weights.shape[1], block).transpose(0, 1)
+    blurred = torch.bmm(lines, weights.T.contiguous().expand(across, -1, -1))
+    wide = out if width == across * block else out.new_empty(channels, height, across * block)
+    wide.view(channels * height, across, block).copy_(blurred.transpose(0, 1))
+    if wide is not out:
+        out.copy_(wide[..., :width])

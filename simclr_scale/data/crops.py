@@ -12,6 +12,7 @@ from simclr_scale.data.augmentation import Augmentation
 MAX_TRIES = 100
 _TORCHVISION_TRIES = 10
 _MIN_OBJECT_COVERED = 0.1
+_CUT_BYTES_ON_CPU = 512 << 10
 
 
 def sample_boxes(
@@ -110,16 +111,32 @@ def cut_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     :func:`cut` also rounds and clips between its two passes, which shows where a sharp edge overshoots black or white.
 
     Args:
-        images: (B, C, H, W) uint8.
+        images: (B, C, H, W), uint8 or float32 in [0, 255].
         boxes: (B, V, 4) top, left, height, width in pixels.
 
     Returns:
         (B, V, C, size, size) float32 in [0, 255].
     """
-    rows = _resampling_matrix(boxes[..., 0], boxes[..., 2], images.shape[-2], size)
-    columns = _resampling_matrix(boxes[..., 1], boxes[..., 3], images.shape[-1], size)
-    pixels = images[:, None].to(torch.float32)
-    return (rows[:, :, None] @ pixels @ columns[:, :, None].mT).clamp_(0, 255)
+    if images.device.type != "cpu":
+        return _cut_together(images, boxes, size)
+    # A part and its intermediate results stay in the processor's cache.
+    part = max(1, _CUT_BYTES_ON_CPU // (4 * images[0].numel() * boxes.shape[1]))
+    out = torch.empty((*boxes.shape[:2], images.shape[1], size, size))
+    for some, their_boxes, result in zip(images.split(part), boxes.split(part), out.split(part), strict=True):
+        result.copy_(_cut_together(some, their_boxes, size))
+    return out
+
+
+def _cut_together(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    views = boxes.shape[1]
+    rows = _resampling_matrix(boxes[..., 0], boxes[..., 2], height, size).flatten(1, 2)
+    columns = _resampling_matrix(boxes[..., 1], boxes[..., 3], width, size).flatten(0, 1)
+    # Rows first, of all views and channels of an image in one product; then columns, of all rows of a view in one.
+    lines = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)
+    resized = torch.bmm(rows, lines).view(batch * views, size * channels, width)
+    resized = torch.bmm(resized, columns.mT).view(batch, views, size, channels, size)
+    return resized.transpose(2, 3).clamp(0, 255)
 
 
 def _resampling_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
@@ -132,9 +149,10 @@ def _resampling_matrix(start: Tensor, length: Tensor, in_size: int, out_size: in
     scale = length / out_size
     pixel = torch.arange(in_size, device=start.device, dtype=torch.float32) - start
     centre = (torch.arange(out_size, device=start.device, dtype=torch.float32)[:, None] + 0.5) * scale
-    distance = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs_()
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    distance = (pixel + 0.5 - centre).abs_().div_(scale.clamp(min=1))
+    # Both cubics are 0 at 1, and the outer one at 2: each within its own interval, they need only be added.
+    near, far = distance.clamp(max=1), distance.clamp_(1, 2)
+    weights = (1.5 * near).sub_(2.5).mul_(near).mul_(near).add_(1)
+    weights += (-0.5 * far).add_(2.5).mul_(far).sub_(4).mul_(far).add_(2)
     weights *= (pixel >= 0) & (pixel < length)
     return weights / weights.sum(-1, keepdim=True)

@@ -175,6 +175,7 @@ def test_an_encoder_of_4_channels_takes_nothing_else() -> None:
     with pytest.raises(InputError, match=r"range of 3 channels does not fit images of 4"):
         ImageTransform((4, 31, 31), value_range=((0.0, 1.0),) * 3)
 
+
 @pytest.mark.parametrize("channels", [1, 3, 7])
 def test_every_channel_has_a_mean(channels: int) -> None:
     config = ImageTransform((channels, 32, 32)).config

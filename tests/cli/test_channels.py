@@ -73,7 +73,9 @@ def test_from_files_to_an_evaluated_encoder(
     monkeypatch.chdir(tmp_path)
     write, channels, histogram = CASES[preset]
     source = write(tmp_path / "images")
-    trained = command("pretrain", "--config", config(tmp_path, channels, preset), "--data.source", source, "--name", "x")
+    trained = command(
+        "pretrain", "--config", config(tmp_path, channels, preset), "--data.source", source, "--name", "x"
+    )
     assert trained.status == 0, trained.err
     summary = json.loads(Path("runs/x/summary.json").read_text())
     assert set(summary["knn_top1"]) == {"raw_pixels", histogram, "untrained", "trained"}

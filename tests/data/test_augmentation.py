@@ -23,12 +23,12 @@ def test_natural_is_the_papers_recipe_for_imagenet() -> None:
         "saturation": 0.8,
         "hue": 0.2,
         "brightness_mode": "multiplicative",
+        "per_channel": False,
         "grey": 0.2,
+        "channel_drop": 0.0,
         "blur": 0.5,
         "blur_sigma": (0.1, 2.0),
         "blur_per": "image",
-        "channel_drop": 0.0,
-        "per_channel": False,
         "color_ops": "torchvision",
         "crop_sampling": "torchvision",
         "evaluation_crop": 0.875,
@@ -49,7 +49,11 @@ def test_overrides_replace_single_fields() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((name, value) for name in ("flip", "jitter", "grey", "blur") for value in (-0.1, 1.1, math.nan)),
+        *(
+            (name, value)
+            for name in ("flip", "jitter", "grey", "channel_drop", "blur")
+            for value in (-0.1, 1.1, math.nan)
+        ),
         *(
             (name, value)
             for name in ("strength", "brightness", "contrast", "saturation", "hue")
@@ -66,6 +70,7 @@ def test_overrides_replace_single_fields() -> None:
         ("color_ops", "tensorflow"),
         ("crop_sampling", "timm"),
         ("brightness_mode", "v1"),
+        ("blur_per", "replica"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) -> None:
@@ -79,6 +84,7 @@ def test_a_value_out_of_range_is_refused_by_its_field(field: str, value: Any) ->
     [
         {"flip": 0.0, "jitter": 1.0, "grey": 0.0, "blur": 1.0},
         {"strength": 0.0},
+        {"blur_per": "batch", "per_channel": True, "channel_drop": 1.0},
         {"strength": 2.5, "hue": 0.2},
         {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "blur_sigma": (0.5, 0.5)},
         {"evaluation_crop": 1.0},
@@ -97,7 +103,7 @@ def test_hue_turns_at_most_half_the_circle() -> None:
 
 
 def test_unknown_preset_and_field_are_refused_with_what_there_is() -> None:
-    with pytest.raises(InputError, match="unknown preset 'imagenet'; there are natural, small"):
+    with pytest.raises(InputError, match="unknown preset 'imagenet'; there are natural, small, grey, multiband"):
         resolve("imagenet", {})
     with pytest.raises(InputError, match=r"no field 'strenght'; it has .*strength"):
         resolve("natural", {"strenght": 0.5})
@@ -107,3 +113,42 @@ def test_additive_brightness_is_googles_alone() -> None:
     assert resolve("natural", {"brightness_mode": "additive", "color_ops": "google"}).brightness_mode == "additive"
     with pytest.raises(InputError, match="color_ops google"):
         resolve("natural", {"brightness_mode": "additive"})
+
+
+# Channels.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_the_images_that_it_is_for(preset: Any) -> None:
+    for channels in {"natural": [3], "small": [3], "grey": [1, 3, 4], "multiband": [2, 3, 8, 200]}[preset]:
+        resolve(preset, {}).require_channels(channels)
+
+
+def test_grey_and_multiband_leave_colors_alone() -> None:
+    for preset in ("grey", "multiband"):
+        augmentation = PRESETS[preset]
+        assert (augmentation.hue, augmentation.saturation, augmentation.grey) == (0, 0, 0)
+        assert augmentation.jitter * augmentation.strength * augmentation.brightness * augmentation.contrast > 0
+    assert PRESETS["multiband"].per_channel
+    assert 0 < PRESETS["multiband"].channel_drop < 0.5
+
+
+@pytest.mark.parametrize("field", ["hue", "saturation", "grey"])
+@pytest.mark.parametrize(("channels", "number", "right"), [(1, "1 channel", "grey"), (8, "8 channels", "multiband")])
+def test_a_color_operation_without_colors_is_refused(field: str, channels: int, number: str, right: str) -> None:
+    augmentation = resolve("grey", {field: 0.25})
+    augmentation.require_channels(3)
+    expected = f"augmentation.{field} 0.25 is for red, green and blue, but the images have {number}; set it to 0, or "
+    with pytest.raises(InputError, match=rf"^{expected}take data\.preset {right}$"):
+        augmentation.require_channels(channels)
+
+
+def test_the_only_channel_is_not_to_be_dropped() -> None:
+    with pytest.raises(InputError, match=r"channel_drop 0\.1 .*; set it to 0, or take data\.preset grey$"):
+        PRESETS["multiband"].require_channels(1)
+    PRESETS["multiband"].require_channels(2)
+
+
+@pytest.mark.parametrize("off", [{"jitter": 0.0}, {"strength": 0.0}])
+def test_jitters_that_never_happen_are_no_mistake(off: dict[str, Any]) -> None:
+    resolve("natural", {"grey": 0.0, **off}).require_channels(1)

@@ -16,8 +16,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from simclr_scale.data import color
 from simclr_scale.data.augmentation import Augmentation, resolve
-from simclr_scale.data.color import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, augment_colors
-from simclr_scale.data.draws import Draw
+from simclr_scale.data.color import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    ORDERS,
+    SATURATION,
+    augment_by_masks,
+    augment_colors,
+    order_places,
+)
+from simclr_scale.data.draws import Draw, draw_views
 
 SIZES = [(1, 1), (3, 8), (13, 7), (33, 50)]
 FACTORS = [0.0, 0.2, 0.77, 1.0, 1.3, 1.8, 2.0]
@@ -121,16 +130,17 @@ def test_grey_is_torchvisions(size: tuple[int, int]) -> None:
     close(color.grey(images), tv.rgb_to_grayscale(images.double(), num_output_channels=3))
 
 
-@pytest.mark.parametrize("size", [(20, 31), (41, 23), (96, 96)])
-def test_blur_is_its_reference(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(20, 31), (41, 23), (97, 70), (64, 64)])
+@pytest.mark.parametrize("blur", [color.blur_in_blocks, color.blur_by_matrices])
+def test_blur_is_its_reference(blur: Callable[..., Tensor], size: tuple[int, int]) -> None:
     images = awkward_images(*size) / 255
     kernel = color.blur_kernel_size(size[0])
     sigmas = torch.linspace(0.1, 2, len(images))
     pairs = list(zip(images.double(), sigmas.tolist(), strict=True))
     reflected = [tv.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) for image, sigma in pairs]
-    close(color.blur(images, sigmas, "reflect"), torch.stack(reflected))
+    close(blur(images, sigmas, "reflect"), torch.stack(reflected))
     zero_padded = [tf_blur(image.numpy(), kernel, sigma) for image, sigma in pairs]
-    close(color.blur(images, sigmas, "constant"), np.stack(zero_padded))
+    close(blur(images, sigmas, "constant"), np.stack(zero_padded))
 
 
 def test_blur_kernel_is_a_tenth_of_the_image() -> None:
@@ -261,3 +271,125 @@ def test_its_arguments_stay_as_they_are(images: int, dtype: torch.dtype) -> None
     assert torch.equal(views, before[0])
     assert torch.equal(draws, before[1])
     assert torch.equal(augment_colors(views, draws, SETS["torchvision"]), first)
+
+
+# Images of other channels: grey ones, and bands that are no colours.
+
+
+def channel_chain(image: Tensor, draw: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    """(C, H, W) bytes -> float64 without a colour operation, one step after the other; contrast is each channel's."""
+    x, channels = image.double().numpy() / 255, len(image)
+    whole = len(Draw)
+    brightness, contrast, drop = draw[whole:].reshape(3, channels) if len(draw) > whole else (None, None, None)
+    if draw[Draw.FLIP]:
+        x = x[:, :, ::-1]
+    if draw[Draw.JITTER]:
+        for operation in ORDERS[int(draw[Draw.ORDER])]:
+            for c in range(channels):
+                if operation == BRIGHTNESS:
+                    factor = brightness[c] if augmentation.per_channel else draw[Draw.BRIGHTNESS]
+                    x = np.stack([*x[:c], x[c] * factor, *x[c + 1 :]])
+                if operation == CONTRAST:
+                    factor = contrast[c] if augmentation.per_channel else draw[Draw.CONTRAST]
+                    mean = x[c].mean()
+                    x = np.stack([*x[:c], (x[c] - mean) * factor + mean, *x[c + 1 :]])
+            x = x.clip(0, 1)
+    if augmentation.channel_drop:
+        x = np.stack([band * (0 if dropped else 1) for band, dropped in zip(x, drop, strict=True)])
+    if draw[Draw.BLUR]:
+        size, sigma = [color.blur_kernel_size(x.shape[-2])] * 2, [float(draw[Draw.SIGMA])] * 2
+        x = tv.gaussian_blur(torch.from_numpy(x.copy()), size, sigma).numpy()
+    return x.clip(0, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("preset", ["grey", "multiband"])
+def test_presets_without_colors_are_the_chain_of_each_image(preset: str, channels: int) -> None:
+    augmentation = resolve(preset, {} if channels > 1 else {"channel_drop": 0.0})
+    augmentation.require_channels(channels)
+    rng = np.random.default_rng(channels)
+    views = torch.from_numpy(rng.integers(0, 256, (24, 2, channels, 27, 40), dtype=np.uint8))
+    draws = torch.from_numpy(draw_views(augmentation, 0, 0, range(24), np.array([27, 40]), channels))
+    actual = augment_colors(views, draws, augmentation)
+    expected = [channel_chain(views[i, v], draws[i, v].numpy(), augmentation) for v in (0, 1) for i in range(24)]
+    # On three channels, contrast that is the same for all is about the grey mean, as for photographs.
+    if channels == 3 and preset == "grey":
+        expected = [chain(views[i, v], draws[i, v].numpy(), augmentation) for v in (0, 1) for i in range(24)]
+    close(actual, np.stack(expected))
+
+
+def test_sixteen_bits_are_not_rounded_to_eight() -> None:
+    augmentation = resolve("grey", {"blur": 0.0})
+    deep = torch.rand(6, 2, 1, 9, 9, dtype=torch.float64) * 255
+    draws = torch.from_numpy(draw_views(augmentation, 0, 0, range(6), np.array([9, 9]), 1))
+    draws[..., [Draw.FLIP, Draw.JITTER]] = 0
+    close(augment_colors(deep.float(), draws, augmentation), (deep / 255).transpose(0, 1).flatten(0, 1))
+
+
+# Accelerators, where the host must not ask what was drawn.
+
+EVERYWHERE = {**SETS, "grey": resolve("grey", {}), "multiband": resolve("multiband", {"blur": 1.0})}
+
+
+def views_of(name: str, height: int = 27, width: int = 40) -> tuple[Tensor, Tensor]:
+    """(24, 2, C, H, W) and draws, for each set of EVERYWHERE."""
+    if name in SETS:
+        return views_and_draws(SETS[name], height, width)
+    channels = {"grey": 1, "multiband": 6}[name]
+    images = awkward_images(height, width).repeat(6, channels, 1, 1)[:, :channels]
+    draws = draw_views(EVERYWHERE[name], 3, 0, range(24), np.array([height, width]), channels)
+    return images.unflatten(0, (24, 2)), torch.from_numpy(draws)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_masks_choose_what_groups_choose(name: str) -> None:
+    views, draws = views_of(name)
+    images, own = (part.transpose(0, 1).flatten(0, 1) for part in (views, draws))
+    by_masks = augment_by_masks(images, own, EVERYWHERE[name])
+    torch.testing.assert_close(by_masks, augment_colors(views, draws, EVERYWHERE[name]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_masks_never_wait_for_the_device(name: str) -> None:
+    """Tensors without values: whatever reads one, or has a shape that depends on one, raises."""
+    images, draws = (part.transpose(0, 1).flatten(0, 1).to("meta") for part in views_of(name))
+    augmented = augment_by_masks(images, draws, EVERYWHERE[name])
+    assert augmented.shape == images.shape
+    assert augmented.dtype == torch.float32
+
+
+@pytest.mark.parametrize("read", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item(), torch.unique])
+def test_a_look_at_the_device_is_noticed(read: Callable[[Tensor], Any]) -> None:
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        read(torch.ones(3, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["google_v1", "multiband"])
+def test_masks_are_one_graph_for_the_compiler(name: str) -> None:
+    images, draws = (part.transpose(0, 1).flatten(0, 1) for part in views_of(name))
+    compiled = torch.compile(augment_by_masks, fullgraph=True, backend="eager")
+    expected = augment_by_masks(images, draws, EVERYWHERE[name])
+    torch.testing.assert_close(compiled(images, draws, EVERYWHERE[name]), expected, rtol=0, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_order_by_arithmetic_is_that_of_the_table() -> None:
+    places = order_places(torch.arange(24.0))
+    assert torch.equal(torch.stack(places, 1), torch.tensor(ORDERS))
+
+
+def test_without_a_compiler_the_operations_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def broken(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        raise torch._dynamo.exc.TorchDynamoException("no C compiler\nand more")
+
+    monkeypatch.setattr(color, "_compile", lambda: broken)
+    monkeypatch.setattr(color, "_compiler_failed", False)
+    images, draws = (part.transpose(0, 1).flatten(0, 1) for part in views_of("torchvision"))
+    expected = augment_by_masks(images, draws, SETS["torchvision"])
+    with pytest.warns(UserWarning, match=r"torch\.compile failed \(no C compiler\)$"):
+        assert torch.equal(color._compiled(images, draws, SETS["torchvision"]), expected)
+    assert torch.equal(color._compiled(images, draws, SETS["torchvision"]), expected)
+    assert len(calls) == 1, "a failure is not repeated at every batch"

@@ -106,3 +106,12 @@ def test_an_indivisible_batch_is_refused_with_one_that_divides(batch: int, world
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(InputError, match="76 is larger than the training set of 75 images"):
         GlobalBatchSampler(NUM_IMAGES, NUM_IMAGES + 1, seed=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_keys_say_which_global_batch_of_the_epoch(world_size: int) -> None:
+    """From the start and from the middle, on any rank: what the images of a batch draw together depends on it."""
+    for rank in range(world_size):
+        for first in (0, 4):
+            share = batches(first=first, rank=rank, world_size=world_size)
+            assert [{key.batch for key in batch} for batch in share] == [{number} for number in range(first, 9)]
