@@ -122,9 +122,7 @@ def _print(report: Report, output: str) -> None:
         print(f"{report.found} of {report.shards} shards were there already, and are as they were written")
     print(f"packed {report.images:,} images in {report.shards} shards, {report.bytes / 1e6:,.1f} MB")
     if report.unreadable:
-        print(
-            f"{report.unreadable:,} images could not be read: {os.path.join(output, BAD_FILES)} names them and says why"
-        )
+        print(f"unreadable: {report.unreadable:,}; {os.path.join(output, BAD_FILES)} says which and why")
     print(f"use them by --data.source {output}")
 
 

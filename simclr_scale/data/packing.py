@@ -218,7 +218,7 @@ def _shards(split: str, length: int, packing: Packing) -> Iterator[Shard]:
 
 
 class _PackedImages:
-    """Images of a source, packed where they are asked for: in a loader's workers, which take it for a data set."""
+    """Packs images of a source where they are asked for: in the workers of a loader, which takes it for a data set."""
 
     def __init__(self, source: Source, packing: Packing) -> None:
         self._source, self._packing = source, packing

@@ -37,7 +37,7 @@ def test_from_photos_to_a_score(tmp_path: Path, command: Command, monkeypatch: p
     assert lines[0] == "packing photos into packed: all 24"
     assert lines[-3].startswith("packed 23 images in 5 shards, 0.")
     assert lines[-2:] == [
-        "1 images could not be read: packed/bad_files.txt names them and says why",
+        "unreadable: 1; packed/bad_files.txt says which and why",
         "use them by --data.source packed",
     ]
     scores = [

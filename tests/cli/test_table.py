@@ -31,7 +31,8 @@ def test_version(command: Command) -> None:
 
 def test_an_unknown_command(command: Command) -> None:
     assert command("pretran") == (2, "", "simclr-scale: error: unknown command 'pretran'; did you mean pretrain?\n")
-    assert command("zzz").err == f"simclr-scale: error: unknown command 'zzz'; there are {', '.join(COMMANDS)}\n"
+    listed = ", ".join(COMMANDS)
+    assert command("zzz").err == f"simclr-scale: error: unknown command 'zzz'; there are {listed}\n"
 
 
 def test_the_table_imports_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""Every kind of source, with labels and without, on one and two ranks: no image twice an epoch, none lost unseen."""
+"""Every kind of source, with labels and without, on one rank and two: no image twice an epoch, none lost unseen."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -48,7 +48,7 @@ def test_the_numbers_of_the_purposes_are_fixed() -> None:
 
 def test_streams_never_overlap() -> None:
     """A word that two streams share would be a chance of 1 in a billion here."""
-    places = product(Purpose, (0, 1, 2**32 - 1), (0, 1, 2), (0, 1, 2, 1 << 32))
+    places = list(product(Purpose, (0, 1, 2**32 - 1), (0, 1, 2), (0, 1, 2, 1 << 32)))
     streams = [generator(*place).bit_generator.random_raw(1000) for place in places]
     assert len(np.unique(streams)) == len(streams) * 1000
 
