@@ -161,7 +161,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "transform of 4 channels": (
         change_config(lambda config: config["pretrained_cfg"].update(input_size=[4, 32, 32])),
-        "it takes images of 3 channels and its transform gives 4",
+        "the transform gives 4 channels, the architecture takes 3",
     ),
     "unknown architecture": (
         change_config(lambda config: config.update(architecture="simclr_resnet_tinny")),

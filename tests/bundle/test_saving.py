@@ -66,7 +66,7 @@ def test_config_json_says_how_to_build_it_and_how_it_was_trained(tmp_path: Path)
             "classifier": "fc",
         }.items()
     )
-    assert config["simclr_scale"] == {"version": simclr_scale.__version__, "facts": facts, "value_range": None}
+    assert config["simclr_scale"] == {"version": simclr_scale.__version__, "facts": facts}
 
 
 def test_the_model_card_shows_the_facts_and_how_to_use_it(tmp_path: Path) -> None:

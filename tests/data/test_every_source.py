@@ -132,7 +132,10 @@ def test_each_image_at_most_once_an_epoch_over_all_ranks(
         indices = [index for index, *_ in one]
         assert len(indices) == len(set(indices)) == count // 4 * 4
         assert set(indices) <= set(range(count))
-        assert sorted(two) == sorted(one), "the same images, labels and views, shared out"
+        one, two = sorted(one), sorted(two)
+        assert [image[:2] for image in two] == [image[:2] for image in one], "the same images and labels, shared out"
+        # The blur is products of batches, whose size rounding depends on.
+        np.testing.assert_allclose([image[2] for image in two], [image[2] for image in one], rtol=1e-6)
         assert all((label >= 0) == labelled for _, label, _ in one)
     assert [index for index, *_ in alone[0]] != [index for index, *_ in alone[1]]
 

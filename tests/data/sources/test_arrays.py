@@ -157,7 +157,7 @@ def test_pictures_or_arrays(tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     (tmp_path / "b.tif").unlink()
     assert isinstance(open_source(str(tmp_path)).image(0), torch.Tensor)
-    with pytest.raises(InputError, match=r"image_key and label_key belong to hfds/ sources and \.mat files"):
+    with pytest.raises(InputError, match=r"image_key and label_key belong to hfds/ and wds/ sources and \.mat files"):
         open_source(str(tmp_path), label_key="x")
 
 
