@@ -20,9 +20,15 @@ class DataWait(pl.Callback):
 
     @property
     def share(self) -> float | None:
-        """Of this rank, over everything since this start of the run; None before the first step."""
+        """Of this rank, over the whole run, its resumed parts included; None before the first step."""
         time_so_far = self._all_time + self._time
         return (self._all_wait + self._wait) / time_so_far if time_so_far > 0 else None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"waited": self._all_wait + self._wait, "seconds": self._all_time + self._time}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._all_wait, self._all_time = state_dict["waited"], state_dict["seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A run that is resumed in the middle of an epoch does not start that epoch again.

@@ -41,7 +41,9 @@ def test_a_file_is_taken_before_a_recipe(tmp_path: Path, monkeypatch: pytest.Mon
 def test_neither_file_nor_recipe() -> None:
     with pytest.raises(InputError, match=r"no configuration file or recipe 'quickstrt'; did you mean quickstart\?"):
         find_recipe("pretrain", "quickstrt")
-    with pytest.raises(InputError, match="shipped recipes are cifar10, cifar10_small, hyperspectral, imagenet"):
+    with pytest.raises(
+        InputError, match="shipped recipes are chest_xray, cifar10, cifar10_small, hyperspectral, imagenet"
+    ):
         find_recipe("pretrain", "nothing.yaml")
 
 

@@ -23,7 +23,7 @@ TRANSFORM = ImageTransform((3, 16, 16), crop_pct=1.0)
 
 def seen_by_the_monitor(images: Path, *, unknown: slice = slice(None, None, 7)) -> Any:
     """A trainer on these images, as far as the monitor looks at it; some labels are unknown."""
-    data = SimpleNamespace(worker_count=lambda: 0)
+    data = SimpleNamespace(worker_count=lambda: 0, unreadable={}, unreadable_held_out={})
     for split in ("train", "test"):
         source = open_source(str(images), split=split)
         source.labels = source.labels.copy()

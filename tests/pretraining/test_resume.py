@@ -57,6 +57,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert before["global_step"] > 0
     for checkpoint in (before, after):
         assert checkpoint["callbacks"]["RunFolder"].pop("seconds") > 0
+        waited = checkpoint["callbacks"].pop("DataWait")
+        assert 0 <= waited["waited"] <= waited["seconds"]
     assert differences(before, after) == []
     assert metrics(a) == metrics(b)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
