@@ -43,6 +43,7 @@ def with_a_trainer(cli: Any, num_images: int) -> Any:
     """What ``setup`` and ``configure_optimizers`` ask of Lightning, for a data set of that size."""
     steps = num_images // cli.datamodule.global_batch_size
     cli.datamodule.image_size = cli.datamodule.requested_image_size
+    cli.datamodule.channels = 3
     cli.model.trainer = SimpleNamespace(
         datamodule=cli.datamodule,
         accumulate_grad_batches=1,

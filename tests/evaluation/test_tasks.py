@@ -73,7 +73,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(evaluate: Evaluation,
         whole.append(ColorSource(labels.tolist(), CLASSES, source.seed))
         # The colours are those of the labels.
         whole[-1].image = source.image  # type: ignore[method-assign]
-    settings = {"k": 5} if evaluate is evaluate_knn else {"l2_values": (1e-4, 1e-2)}
+    settings = {"k": 5} if evaluate is evaluate_knn else {"l2": 1e-3}
     manifest = evaluate(small_encoder(), to_tensor, *damaged, **settings)
     assert manifest.values == evaluate(small_encoder(), to_tensor, *whole, **settings).values
     record = json.loads(manifest.write(tmp_path / "manifest.json").read_text())
