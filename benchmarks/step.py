@@ -427,7 +427,7 @@ def parse() -> argparse.Namespace:
             metavar="N",
             help=f"images in a batch, {experiment.name}; default {experiment.images}, on cuda {IMAGES_ON_CUDA[name]}",
         )
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each side in a run; the fastest counts (2)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side in a run; the fastest counts (7)")
     parser.add_argument("--warmup", type=int, default=1, help="first steps of each side, not counted (1)")
     parser.add_argument("--precision", help="Lightning's, of all sides; default 32-true, on cuda bf16-mixed")
     parser.add_argument("--quick", action="store_true", help="tiny batches and few steps; no figure to quote")
