@@ -16,8 +16,9 @@ No side has an online probe, a logger, a progress bar or a callback but the cloc
 stable-pretraining's Module logs through). The peers augment with PIL in the loader's workers: on a machine whose cores
 all train, that time comes on top of theirs, and crops (in our workers too) on top of both.
 
-The defaults take some 15 minutes on one thread of an AVX2 processor; `--quick` ends in a minute or two and is good for
-a look only. What LARS costs is the same at every batch: its share falls as 1 / batch.
+The defaults take some ten minutes of one thread of an AVX2 processor and 9 GB, which each thread's allocator keeps for
+itself; `--quick` takes a minute and is good for a look only. What LARS costs is the same at every batch: its share
+falls as 1 / batch.
 """
 
 import argparse
@@ -426,7 +427,7 @@ def parse() -> argparse.Namespace:
             metavar="N",
             help=f"images in a batch, {experiment.name}; default {experiment.images}, on cuda {IMAGES_ON_CUDA[name]}",
         )
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each side in a run; the fastest counts (2)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side in a run; the fastest counts (7)")
     parser.add_argument("--warmup", type=int, default=1, help="first steps of each side, not counted (1)")
     parser.add_argument("--precision", help="Lightning's, of all sides; default 32-true, on cuda bf16-mixed")
     parser.add_argument("--quick", action="store_true", help="tiny batches and few steps; no figure to quote")
@@ -463,22 +464,21 @@ def main() -> int:
             f"not evaluated: {TARGET_OVER_LIGHTLY_FP32:g} times lightly's fp32 rate in bf16, because this processor "
             "has neither AVX512-BF16 nor AMX"
         )
+    packages = ["torchvision", "pytorch-lightning", "timm", *PEERS]
+    facts = environment(packages, device=options.device)
     claims: list[Claim] = []
+    status = 0
     for key, experiment in EXPERIMENTS.items():
         if options.only not in (None, key):
             continue
         default = IMAGES_ON_CUDA[key] if options.device == "cuda" else experiment.images
         images = getattr(options, f"{key}_images") or default
-        found = measure(replace(experiment, images=images), options, precision, bf16)
-        for claim in found:
-            print(f"{claim.name}: {claim.ours:.4g} {claim.unit}, ratio {claim.ratio:.3f}", flush=True)
-        claims += found
+        claims += measure(replace(experiment, images=images), options, precision, bf16)
+        # After each experiment, so that a run that is cut off leaves what it has.
+        status = report(claims, facts, options.output, notes=notes, rounds=options.rounds, precision=precision)
     for note in notes:
         print(note)
-    facts = environment(
-        ["torchvision", "pytorch-lightning", "timm", "lightly", "stable-pretraining"], device=options.device
-    )
-    return report(claims, facts, options.output, notes=notes, rounds=options.rounds, precision=precision)
+    return status
 
 
 if __name__ == "__main__":

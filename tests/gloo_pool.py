@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HANG_AFTER_SECONDS = 120
+HANG_AFTER_SECONDS = 300
 
 
 def _serve(connection: Connection) -> None:

@@ -15,6 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
+from simclr_scale.cli.precision import Trainer, fastest_precision
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.data.workers import killed_workers_explained
@@ -48,7 +49,7 @@ _HELP = {
     "trainer.devices": "processes on this machine, one a device: their number, or a list of devices",
     "trainer.num_nodes": "machines",
     "trainer.strategy": "how processes work together, such as ddp",
-    "trainer.precision": "32-true, bf16-mixed, 16-mixed, ...; null: 32-true",
+    "trainer.precision": "32-true, bf16-mixed, 16-mixed, ...; null: 32-true; auto: bf16-mixed where the device has it",
 }
 
 EPILOG = """The arguments of a class or function that an option names are options too: --model.encoder.NAME,
@@ -92,6 +93,7 @@ class PretrainCLI(LightningCLI):
         super().__init__(
             SimCLR,
             SimCLRDataModule,
+            trainer_class=Trainer,
             save_config_callback=None,  # RunFolder saves it, and never over another
             parser_class=Parser,
             parser_kwargs={
@@ -117,7 +119,7 @@ class PretrainCLI(LightningCLI):
         owned = {"optimizer.init_args.lr", "optimizer.init_args.weight_decay"}
         parser.add_class_arguments(SimCLR, "model", fail_untyped=False, sub_configs=True, skip=owned)
         parser.add_lightning_class_args(SimCLRDataModule, "data")
-        parser.add_lightning_class_args(pl.Trainer, "trainer")
+        parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults(
             {
                 "trainer.use_distributed_sampler": False,
@@ -158,6 +160,9 @@ class PretrainCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches {accumulated} would not add negatives: keep it at 1, and set "
                 "model.chunk_size to fit a large batch on a small device"
             )
+        if self.config.trainer.precision == "auto":
+            # Before the configuration is saved: a run goes on with the precision that it began with.
+            self.config.trainer.precision = fastest_precision(self.config.trainer.accelerator)
         threads = self.config.threads
         if threads is not None:
             if threads < 1:

@@ -16,7 +16,7 @@ from simclr_scale.losses import nt_xent
 from simclr_scale.models import ProjectionHead, create_encoder
 from simclr_scale.models.chunked import encode_in_chunks
 
-ENGINES = ("dense",)
+ENGINES = ("dense", "tiled")
 
 
 def convolutions(norm: nn.Module | None = None) -> nn.Module:

@@ -16,7 +16,7 @@ from simclr_scale.losses import nt_xent
 from simclr_scale.models import ProjectionHead, create_encoder
 from simclr_scale.models.chunked import encode_in_chunks
 
-ENGINES = ("dense",)
+ENGINES = ("dense", "tiled")
 VIEWS, CHUNK = 10, 4  # of a rank
 SIZES = [4, 3, 3]
 STEPS = 3  # DDP with a static graph learns it in the first, and rebuilds its buckets
