@@ -98,7 +98,9 @@ def whole(dataset: ViewsDataset, indices: list[int]) -> dict[str, Any]:
 
 def views_of(folder: Path) -> ViewsDataset:
     data = SimCLRDataModule(str(folder), image_size=SIZE)
-    return data.views_of(data.open_part("train"))
+    source = data.open_part("train")
+    data.settle(source)
+    return data.views_of(source)
 
 
 def pack(folder: Path, output: Path) -> bool:
