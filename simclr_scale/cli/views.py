@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from PIL import Image
 
@@ -54,19 +56,25 @@ def main(argv: list[str]) -> None:
 
 def draw_sheet(data: SimCLRDataModule, n: int, epoch: int = 0, bands: list[int] | None = None) -> Image.Image:
     """The first ``n`` images of an epoch's order and their views, as the encoder would get them."""
-    source = data.open_part("train")
+    source = data.open_training_images()
     data.settle(source)
     dataset = data.views_of(source)
     order = epoch_order(len(source), data.seed, epoch)[:n]
-    batch = dataset.__getitems__([Key(epoch, int(index)) for index in order])
-    finished = finish_views(batch, data.augmentation, dataset.image_size)
+    views, draws = [], []
+    for number, start in enumerate(range(0, len(order), data.global_batch_size)):
+        indices = order[start : start + data.global_batch_size]
+        batch = dataset.__getitems__([Key(epoch, int(index), number) for index in indices])
+        draws.append(batch["draws"].numpy())
+        finished = finish_views(batch, data.augmentation, dataset.image_size)
+        views.append(finished["inputs"].unflatten(0, (2, -1)))
     images, names = [], []
     for index in order:
         image, shown, _ = read_or_replace(source, data.seed, epoch, int(index), data.value_range)
         images.append(image)
         instead = "" if shown == index else f" in place of unreadable {source.describe(int(index))}"
         names.append(source.describe(shown) + instead)
-    return contact_sheet(images, names, finished["inputs"], batch["draws"].numpy(), data.augmentation, bands)
+    inputs = torch.cat(views, dim=1).flatten(0, 1)
+    return contact_sheet(images, names, inputs, np.concatenate(draws), data.augmentation, bands)
 
 
 def _recipe_settings(argv: list[str]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         """Opens the source and checks the batch against it, before anything is trained or written."""
         self._restored = None
         if self.train_source is None:
-            self.train_source = take_subset(self.open_part("train"), self.subset, self.seed)
+            self.train_source = self.open_training_images()
             has_labels = (self.train_source.labels >= 0).any()
             self.test_source = self.open_part("test") if has_labels else None
         # Anew at each call: the ranks are known only once a trainer is attached, maybe another one than last time.
@@ -145,6 +145,10 @@ class SimCLRDataModule(pl.LightningDataModule):
         return ViewsDataset(
             source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable, self.value_range
         )
+
+    def open_training_images(self) -> Source:
+        """The images to train on: the training part, or a subset of it."""
+        return take_subset(self.open_part("train"), self.subset, self.seed)
 
     def open_part(self, split: Literal["train", "test"]) -> Source:
         """One part of the data set, as the settings name it."""

@@ -38,18 +38,26 @@ def test_a_sheet_is_written_once(command: Callable[..., Outcome], tmp_path: Path
 
 def test_the_views_are_those_of_training(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path, 24, (5,), size=(200, 230))
-    data = SimCLRDataModule(str(folder), global_batch_size=4, image_size=SIDE, num_workers=0, seed=3)
-    sheet = np.asarray(draw_sheet(data, 4))
+    data = SimCLRDataModule(
+        str(folder),
+        global_batch_size=4,
+        image_size=SIDE,
+        num_workers=0,
+        seed=3,
+        subset=12,
+        augmentation={"blur_per": "batch", "blur": 1.0},  # images of a batch draw something together
+    )
+    sheet = np.asarray(draw_sheet(data, 8))
     data.setup()
-    batch = next(iter(data.train_dataloader()))
-    inputs = data.on_after_batch_transfer(batch, 0)["inputs"]
-    expected = (inputs * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    height = (sheet.shape[0] - GAP) // 4
-    for row in range(4):
-        for view in range(2):
-            top, left = GAP + row * height, GAP + (view + 1) * (SIDE + GAP)
-            shown = sheet[top : top + SIDE, left : left + SIDE]
-            assert np.array_equal(shown, expected[view * 4 + row])
+    height = (sheet.shape[0] - GAP) // 8
+    for number, batch in zip(range(2), data.train_dataloader(), strict=False):
+        inputs = data.on_after_batch_transfer(batch, 0)["inputs"]
+        expected = (inputs * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for place in range(4):
+            for view in range(2):
+                top, left = GAP + (number * 4 + place) * height, GAP + (view + 1) * (SIDE + GAP)
+                shown = sheet[top : top + SIDE, left : left + SIDE]
+                assert np.array_equal(shown, expected[view * 4 + place])
 
 
 def test_a_recipe_gives_the_settings(command: Callable[..., Outcome], tmp_path: Path) -> None:
