@@ -128,18 +128,12 @@ def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Modu
         transform = transform_of(config)
         with torch.random.fork_rng(devices=[]):
             encoder = create_encoder(name, **arguments)
-        taken = arguments.get("in_chans", transform.channels)
+        taken = arguments.get("in_chans", 3)
         if taken != transform.channels:
             raise ValueError(f"the transform gives {transform.channels} channels, the architecture takes {taken}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
         raise InputError(f"{where} does not describe an encoder: {reason}") from error
-    taken = arguments.get("in_chans", 3)
-    if transform.channels != taken:
-        raise InputError(
-            f"{where} does not describe an encoder: "
-            f"it takes images of {taken} channels and its transform gives {transform.channels}"
-        )
     if problem := _misfit(encoder, weights):
         raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
     encoder.load_state_dict(weights)

@@ -42,6 +42,7 @@ def test_the_file_holds_everything(tmp_path: Path) -> None:
         "fingerprint": ColorSource([0, 1, -1, 1], ("cat", "dog")).fingerprint(),
         "images": 3,
         "unlabelled": 1,
+        "unreadable": [],
         "classes": ["cat", "dog"],
     }
     assert record["test"]["split"] == "seed 1"

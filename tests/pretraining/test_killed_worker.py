@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_one_line_and_no_hang(tmp_path: Path) -> None:
     assert process.returncode == 1
     [line] = errors.splitlines()
     assert line.startswith("simclr-scale pretrain: error: a process that reads images (pid ")
-    assert f"{workers[0]}) was killed by the system (signal: Killed)" in line
+    # Torch learns of it by the signal of a child's death, or finds later that the process is not there.
+    assert re.search(rf"\(pid {workers[0]}\) (was killed by the system \(signal: Killed\)|is gone); most likely", line)
     assert "--data.num_workers" in line
     assert line.endswith("--resume auto --name x continues from the last checkpoint")
     for pid in workers:
