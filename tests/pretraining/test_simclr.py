@@ -22,9 +22,9 @@ from tests.pretraining.runs import QUIET, Pairs, arguments, differences, fit, pr
 pytestmark = QUIET
 
 
-def module(seed: int = 0, **options: Any) -> SimCLR:
+def module(seed: int = 0, channels: tuple[int, ...] = (4, 6, 8), **options: Any) -> SimCLR:
     torch.manual_seed(seed)
-    return SimCLR(create_encoder("simclr_resnet_tiny", channels=(4, 6, 8)), **{"warmup_epochs": 0, **options})
+    return SimCLR(create_encoder("simclr_resnet_tiny", channels=channels), **{"warmup_epochs": 0, **options})
 
 
 class Gradients(pl.Callback):
@@ -146,7 +146,9 @@ def test_chunks_are_for_training_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile() -> None:
-    model, twin = module(compile=True), module()
+    # Inductor of torch 2.15 writes beyond its arrays on one thread where channels are no multiples of 8, also with
+    # nn.Conv2d in place of our convolutions.
+    model, twin = (module(channels=(8, 16, 32), compile=compiled) for compiled in (True, False))
     losses = [fit(m).callback_metrics["loss"].item() for m in (model, twin)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert model.state_dict().keys() == twin.state_dict().keys()
