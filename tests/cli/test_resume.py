@@ -35,7 +35,7 @@ def steps(run: Path) -> list[str]:
         ("--seed_everything=1", "seed_everything = 0, not 1"),
         ("--trainer.max_epochs=3", "trainer.max_epochs = 2, not 3"),
         ("--trainer.gradient_clip_val=1", "trainer.gradient_clip_val = None, not 1"),
-        ("--model.encoder.channels=[8,8,8]", "model.encoder.init_args.channels = None, not [8, 8, 8]"),
+        ("--model.encoder.channels=[8,8,8]", "model.encoder.init_args.channels = [16, 32, 96], not [8, 8, 8]"),
         ("--model.optimizer=LARS", "model.optimizer.class_path = torch.optim.AdamW, not simclr_scale.LARS"),
     ],
 )
