@@ -8,8 +8,8 @@ import torch
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.arrays import Array
 
-# 32,768 rows of 2,048 features: enough that a search in one block is as fast as in all.
-_BLOCK_BYTES = 2**28
+# 8,192 rows of 2,048 features: a search in such blocks is as fast as in larger ones.
+_BLOCK_BYTES = 2**26
 
 
 class UnitRows:
