@@ -92,24 +92,39 @@ def linear(argv: list[str]) -> None:
 def run_knn(
     encoder: str,
     data: EvaluationData,
-    k: int = 200,
+    k: int | str = 200,
     temperature: float = 0.07,
     batch_size: int = 256,
     device: str = "auto",
     output: str | None = None,
+    cache: str | None = None,
+    allow_missing_classes: bool = False,
 ) -> None:
     """Score an encoder by a weighted vote of the nearest training images (exact cosine neighbours).
 
     Args:
         encoder: a run, a bundle, a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS.
         data: the labelled images.
-        k: neighbours that vote.
+        k: neighbours that vote; of several, such as 200,20,10, the first gives the value, the others stand beside it.
         temperature: of their weights, exp(similarity / temperature).
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
+        cache: folder in which features are kept, and found by the next evaluation of the same encoder and images.
+        allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    _evaluate(evaluate_knn, encoder, data, batch_size, device, output, k=k, temperature=temperature)
+    _evaluate(
+        evaluate_knn,
+        encoder,
+        data,
+        batch_size,
+        device,
+        output,
+        k=_neighbor_counts(k),
+        temperature=temperature,
+        cache=cache,
+        allow_missing_classes=allow_missing_classes,
+    )
 
 
 def run_linear(
@@ -120,6 +135,8 @@ def run_linear(
     batch_size: int = 256,
     device: str = "auto",
     output: str | None = None,
+    cache: str | None = None,
+    allow_missing_classes: bool = False,
 ) -> None:
     """Score an encoder by multinomial logistic regression on its frozen features.
 
@@ -131,8 +148,30 @@ def run_linear(
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
+        cache: folder in which features are kept, and found by the next evaluation of the same encoder and images.
+        allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    _evaluate(evaluate_linear, encoder, data, batch_size, device, output, l2=l2, seed=seed)
+    _evaluate(
+        evaluate_linear,
+        encoder,
+        data,
+        batch_size,
+        device,
+        output,
+        l2=l2,
+        seed=seed,
+        cache=cache,
+        allow_missing_classes=allow_missing_classes,
+    )
+
+
+def _neighbor_counts(k: int | str) -> int | tuple[int, ...]:
+    if isinstance(k, int):
+        return k
+    try:
+        return tuple(int(number) for number in k.split(","))
+    except ValueError:
+        raise InputError(f"--k {k}: wanted whole numbers, such as 200 or 200,20,10") from None
 
 
 def _run(command: str, function: Callable[..., None], argv: list[str]) -> None:

@@ -1,7 +1,13 @@
 """How good a frozen encoder is: kNN and linear evaluation, given an encoder and images and no trainer."""
 
-from simclr_scale.evaluation.features import ImageDataset, extract_features, gather_features, image_loader
-from simclr_scale.evaluation.knn import knn_classify, knn_neighbors
+from simclr_scale.evaluation.features import (
+    ImageDataset,
+    extract_features,
+    gather_features,
+    image_loader,
+    source_features,
+)
+from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_neighbors
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
 from simclr_scale.evaluation.metrics import mean_per_class_accuracy, top1
@@ -18,9 +24,11 @@ __all__ = [
     "gather_features",
     "image_loader",
     "knn_classify",
+    "knn_classify_each",
     "knn_neighbors",
     "linear_probe",
     "mean_per_class_accuracy",
     "require_new_file",
+    "source_features",
     "top1",
 ]

@@ -224,6 +224,8 @@ def _listed(facts: Mapping[str, Any]) -> "Text":
 def _brief(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_brief(part)}" for key, part in value.items())
     if isinstance(value, list) and isinstance(value[0], float):
         return f"{len(value)} from {min(value):.4g} to {max(value):.4g}"
     return f"{len(value)} in the file" if isinstance(value, list) else str(value)

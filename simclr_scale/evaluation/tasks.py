@@ -1,6 +1,7 @@
 """Whole evaluations on a frozen encoder: from the encoder and two sources to a manifest."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from simclr_scale.data.sources import Source
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation.features import Transform, extract_features, image_loader
-from simclr_scale.evaluation.knn import check_knn_settings, knn_classify
+from simclr_scale.evaluation.features import Transform, source_features
+from simclr_scale.evaluation.knn import check_knn_settings, knn_classify_each
 from simclr_scale.evaluation.linear import L2_VALUES, check_linear_settings, linear_probe
 from simclr_scale.evaluation.manifest import DatasetRecord, EncoderRecord, Manifest
 from simclr_scale.evaluation.metrics import top1
@@ -24,46 +25,68 @@ def evaluate_knn(
     train_source: Source,
     test_source: Source,
     *,
-    k: int = 200,
+    k: int | Sequence[int] = 200,
     temperature: float = 0.07,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
     spec: str = "",
     label_selection: str = "all",
+    cache: str | os.PathLike[str] | None = None,
+    allow_missing_classes: bool = False,
 ) -> Manifest:
     """Top-1 of weighted k-nearest neighbours (`knn_classify`) on the labelled images of `test_source`.
+
+    Under torch.distributed every rank must call this. They share the images out, and each gets the same digits as one
+    process alone would.
 
     Args:
         encoder: images (B, C, H, W) in, features (B, D) out; left in the mode and on the device it is found.
         transform: from PIL image to (C, H, W), as the encoder wants it in evaluation.
         train_source: its labelled images are the neighbours.
-        test_source: may be of another data set; classes are matched by name. Images of a class that no training image
-            has count as errors, and a warning in the manifest says how many they are.
-        k: see `knn_classify`.
+        test_source: may be of another data set; classes are matched by name.
+        k: see `knn_classify`. Of several, all found by one search, the first gives the value, and the others stand
+            beside it in the details: the best of them would be a choice made on the test images.
         temperature: see `knn_classify`.
         batch_size: images the encoder takes at once.
         num_workers: processes that read images.
         device: where the encoder runs; None for where it is.
         spec: how the user named the encoder, for the manifest.
         label_selection: how the user chose the labels of `train_source`, for the manifest.
+        cache: folder of features computed before, see `source_features`; the digits are the same without it.
+        allow_missing_classes: test images of a class that no training image has count as errors, and training images of
+            a class that no test image has stay in; a warning in the manifest says how many they are.
 
     Raises:
-        InputError: a source has no labels, the training images are of fewer than two classes, no test image is of a
-            training class, a setting is out of range, or the features are of no use (see `knn_classify`).
+        InputError: before any image is read, where a source has no labels, there are fewer training images than k or
+            they are of fewer than two classes, no test image is of a training class, a class is missing on either
+            side without `allow_missing_classes`, or a setting is out of range; and where the features are of no use
+            (see `knn_classify`).
     """
     check_knn_settings(k, temperature)
-    pair = _LabelledPair.of(train_source, test_source)
-    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device)
+    ks = (k,) if isinstance(k, int) else tuple(k)
+    pair = _LabelledPair.of(train_source, test_source, allow_missing_classes)
+    labelled = len(pair.train_labels)
+    if max(ks) > labelled:
+        raise InputError(
+            f"k: {max(ks)}, wanted at most {labelled}, the labelled training images of {train_source.name}"
+        )
+    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device, cache)
     with show_progress("nearest neighbours", len(test), "images") as progress:
-        predictions = knn_classify(train, pair.train_labels, test, k=k, temperature=temperature, progress=progress)
+        predictions = knn_classify_each(train, pair.train_labels, test, ks, temperature=temperature, progress=progress)
+    values = [top1(of_k, pair.test_labels) for of_k in predictions]
+    by_k = {str(number): value for number, value in zip(ks, values, strict=True)}
     return pair.manifest(
         task="knn",
-        value=top1(predictions, pair.test_labels),
+        value=values[0],
         encoder=EncoderRecord.of(encoder, transform, spec),
         label_selection=label_selection,
-        settings={"k": k, "temperature": temperature, "similarity": "cosine"},
-        details={"num_features": train.shape[1], "neighbors": min(k, len(train))},
+        settings={"k": ks[0], "temperature": temperature, "similarity": "cosine"},
+        details={"num_features": train.shape[1], "neighbors": min(ks[0], len(train))}
+        | ({"top1_by_k": by_k} if len(ks) > 1 else {}),
+        warnings=(f"k is {max(ks)}, but only {len(train):,} training images can be read: all of them vote",)
+        if max(ks) > len(train)
+        else (),
     )
 
 
@@ -83,6 +106,8 @@ def evaluate_linear(
     device: torch.device | str | None = None,
     spec: str = "",
     label_selection: str = "all",
+    cache: str | os.PathLike[str] | None = None,
+    allow_missing_classes: bool = False,
 ) -> Manifest:
     """Top-1 of multinomial logistic regression (`linear_probe`) on the labelled images of `test_source`.
 
@@ -90,8 +115,8 @@ def evaluate_linear(
     the errors those of `evaluate_knn`. A fit that stops short of its optimum is a warning in the manifest.
     """
     check_linear_settings(l2, l2_values, validation_fraction, max_iterations)
-    pair = _LabelledPair.of(train_source, test_source)
-    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device)
+    pair = _LabelledPair.of(train_source, test_source, allow_missing_classes)
+    pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device, cache)
     with show_progress("logistic regression", len(l2_values) + 1 if l2 is None else 1, "fits") as progress:
         probe = linear_probe(
             train,
@@ -137,8 +162,8 @@ class _LabelledPair:
     test_unreadable: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, train_source: Source, test_source: Source) -> "_LabelledPair":
-        """Raises InputError where there is nothing to learn from or to be judged by."""
+    def of(cls, train_source: Source, test_source: Source, allow_missing_classes: bool = False) -> "_LabelledPair":
+        """Raises InputError where there is nothing to learn from or to be judged by, or a class is missing there."""
         train_indices = _labelled(train_source, "train")
         test_indices = _labelled(test_source, "test")
         train_labels = train_source.labels[train_indices]
@@ -157,10 +182,22 @@ class _LabelledPair:
             )
         warnings: tuple[str, ...] = ()
         if unseen.any():
-            missing = [test_source.classes[label] for label in np.unique(test_source.labels[test_indices][unseen])]
-            warnings = (
+            names = [test_source.classes[label] for label in np.unique(test_source.labels[test_indices][unseen])]
+            warnings += (
                 f"{int(unseen.sum()):,} of {len(test_labels):,} test images count as errors: "
-                f"their classes have no training image ({_some(missing)})",
+                f"their classes have no training image ({_some(names)})",
+            )
+        untested = ~np.isin(train_labels, test_labels)
+        if untested.any():
+            names = [train_source.classes[label] for label in np.unique(train_labels[untested])]
+            warnings += (
+                f"{int(untested.sum()):,} of {len(train_labels):,} training images are of classes "
+                f"that have no test image ({_some(names)})",
+            )
+        if warnings and not allow_missing_classes:
+            raise InputError(
+                f"{test_source.name}: {'; '.join(warnings)}; wanted the same classes in both parts, "
+                "or allow_missing_classes to go on like that"
             )
         return cls(train_source, test_source, train_indices, test_indices, train_labels, test_labels, warnings)
 
@@ -171,17 +208,24 @@ class _LabelledPair:
         batch_size: int,
         num_workers: int,
         device: torch.device | str | None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> tuple["_LabelledPair", torch.Tensor, torch.Tensor]:
         """The pair of images that can be read, (N, D) of the training and (M, D) of the test images, as its labels."""
 
         def of(source: Source, indices: np.ndarray, part: str) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
             unreadable: dict[int, str] = {}
-            loader = image_loader(
-                source, transform, batch_size=batch_size, num_workers=num_workers, indices=indices.tolist()
-            )
             with show_progress(f"features, {part}", len(indices), "images") as progress:
-                features, _, read = extract_features(
-                    encoder, loader, device=device, progress=progress, unreadable=unreadable
+                features, _, read = source_features(
+                    encoder,
+                    source,
+                    transform,
+                    indices=indices,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    device=device,
+                    progress=progress,
+                    unreadable=unreadable,
+                    cache=cache,
                 )
             return features, np.isin(indices, read.numpy()), unreadable
 

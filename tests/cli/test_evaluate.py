@@ -75,3 +75,31 @@ def test_linear_chooses_the_penalty_where_none_is_given(images: Path, command: C
     assert record["settings"]["seed"] == 3
     assert record["details"]["l2"] in record["settings"]["l2_values"]
     assert record["value"]["mean"] == 1  # the classes are colours
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_a_cache_serves_every_evaluation_of_an_encoder_with_the_same_digits(
+    name: str, trained: TrainedRun, images: Path, command: Command, tmp_path: Path
+) -> None:
+    what = ("--encoder", trained.folder, "--data.source", images, "--data.num_workers", 0)
+    options = {"knn": ("--k", "9,3,20"), "linear": ("--l2", 0.001)}
+    cache = ("--cache", tmp_path / "cache")
+    records = []
+    for number, (task, more) in enumerate(
+        [(name, ()), ("knn" if name == "linear" else "linear", cache), (name, cache)]
+    ):
+        manifest = tmp_path / f"{number}.json"
+        assert command(task, *what, *options[task], *more, "--output", manifest).status == 0
+        records.append({**json.loads(manifest.read_text()), "created": ""})
+        if number == 1:
+            kept = files_below(tmp_path / "cache")
+    assert records[2] == records[0]
+    assert {Path(file).name for file in kept} >= {"facts.json", "features.f32", "batches.jsonl"}
+    after = files_below(tmp_path / "cache")
+    assert [after[file] for file in kept if file.endswith((".f32", ".jsonl"))] == [
+        kept[file] for file in kept if file.endswith((".f32", ".jsonl"))
+    ]
+    assert after.keys() == kept.keys()
+    if name == "knn":
+        assert records[0]["settings"]["k"] == 9
+        assert list(records[0]["details"]["top1_by_k"]) == ["9", "3", "20"]

@@ -203,9 +203,23 @@ def test_settings_of_one_evaluation(refusal: Refusal, tmp_path: Path) -> None:
     write_images(tmp_path / "images", "a", "b", count=5)
     what = ("--encoder", "pixels:4", "--data.source", "images")
     assert "at least 1" in refusal("knn", *what, "--k", 0)
+    assert refusal("knn", *what, "--k", "5,many") == "--k 5,many: wanted whole numbers, such as 200 or 200,20,10"
+    assert "k: 200, wanted at most 8, the labelled training images of images" in refusal("knn", *what)
     assert "above 0" in refusal("knn", *what, "--temperature", 0)
     assert "l2" in refusal("linear", *what, "--l2", -1)
     assert refusal("linear", *what, "--k", 3) == "there is no option k; --help lists all"
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_a_cache_that_is_no_folder_and_classes_that_are_missing(name: str, refusal: Refusal, tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "train", "a", "b", "c", count=5)
+    write_images(tmp_path / "images" / "test", "a", "b", count=5)
+    (tmp_path / "taken").touch()
+    what = ("--encoder", "pixels:4", "--data.source", "images", "--data.num_workers", 0)
+    options = ("--k", 3) if name == "knn" else ("--l2", 1)
+    assert "5 of 15 training images are of classes that have no test image (c)" in refusal(name, *what, *options)
+    options += ("--allow_missing_classes", "true", "--cache", "taken")
+    assert re.search(r"the cache taken\S+ cannot be written \(Not a directory\)", refusal(name, *what, *options))
 
 
 def test_an_encoder_whose_weights_are_of_another_architecture(refusal: Refusal, run: Path) -> None:

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation import knn, knn_classify, knn_neighbors
+from simclr_scale.evaluation import knn, knn_classify, knn_classify_each, knn_neighbors, unit_rows
 
 
 def by_brute_force(
@@ -115,6 +116,98 @@ def test_neighbors_are_the_most_similar_in_order() -> None:
     np.testing.assert_array_equal(neighbours.numpy(), order)
     np.testing.assert_allclose(similarities.numpy(), np.take_along_axis(cosine, order, axis=1), atol=1e-6)
     assert knn_neighbors(train, test, k=500)[0].shape == (9, 70)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 200, 301, 1000])  # in a block of training images; k lies within and beyond
+@pytest.mark.parametrize("k", [1, 50, 400])
+def test_blocks_of_training_images_find_the_neighbours_of_brute_force(
+    monkeypatch: pytest.MonkeyPatch, rows: int, k: int
+) -> None:
+    import faiss
+
+    rng = np.random.default_rng(5)
+    train = (rng.normal(size=(301, 17)) + 2).astype(np.float32)
+    test = (rng.normal(size=(43, 17)) + 2).astype(np.float32)
+    train[200:220] = train[:20]  # equally similar to everything, in another block
+    monkeypatch.setattr(unit_rows, "_BLOCK_BYTES", 4 * 17 * rows)
+    monkeypatch.setattr(knn, "_CHUNK", 10)
+    sizes: list[int] = []
+    search = faiss.knn
+
+    def spy(queries: np.ndarray, block: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(block))
+        return search(queries, block, *args, **kwargs)
+
+    monkeypatch.setattr(faiss, "knn", spy)
+    similarities, neighbours = knn_neighbors(train, test, k=k)
+    assert max(sizes) == min(rows, 301)
+
+    def unit(matrix: np.ndarray) -> np.ndarray:
+        wide = matrix.astype(np.float64)
+        return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+
+    cosine = unit(test) @ unit(train).T
+    found = np.take_along_axis(cosine, neighbours.numpy(), axis=1)
+    assert all(len(set(row)) == min(k, 301) for row in neighbours.tolist())
+    np.testing.assert_allclose(found, -np.sort(-cosine, axis=1)[:, :k], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(similarities.numpy(), found, rtol=0, atol=1e-6)
+    assert (similarities.diff(dim=1) <= 0).all()
+    # Equal rows: the first of them first, and at the k-th place too.
+    np.testing.assert_array_equal(neighbours.numpy(), np.argsort(-cosine.round(12), axis=1, kind="stable")[:, :k])
+
+
+def test_many_k_at_once_are_each_k_by_itself() -> None:
+    rng = np.random.default_rng(6)
+    train, labels, test = rng.normal(size=(90, 6)), rng.integers(4, size=90), rng.normal(size=(71, 6))
+    ks = (20, 1, 500, 7)
+    together = knn_classify_each(train, labels, test, ks, temperature=1.0)
+    assert together.shape == (4, 71)
+    for k, predictions in zip(ks, together, strict=True):
+        assert torch.equal(predictions, knn_classify(train, labels, test, k=k, temperature=1.0))
+    assert len({tuple(predictions.tolist()) for predictions in together}) == 4
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4, 0.0])
+def test_k_and_blocks_change_no_neighbour_where_all_are_equal_to_float32(
+    monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    rng = np.random.default_rng(8)
+    train, test = (1 + spread * rng.normal(size=(rows, 33)).astype(np.float32) for rows in (150, 40))
+    wanted = knn_neighbors(train, test, k=150)[1]
+    wide = [
+        matrix.astype(np.float64) / np.linalg.norm(matrix.astype(np.float64), axis=1)[:, None]
+        for matrix in (train, test)
+    ]
+    cosine = wide[1] @ wide[0].T
+    found = np.take_along_axis(cosine, wanted.numpy(), axis=1)
+    np.testing.assert_allclose(found, -np.sort(-cosine, axis=1), rtol=0, atol=2e-12)
+    if spread == 0:
+        assert (wanted == torch.arange(150)).all()
+    for rows in (1, 7, 64):
+        monkeypatch.setattr(unit_rows, "_BLOCK_BYTES", 4 * 33 * rows)
+        for k in (1, 5, 149):
+            assert torch.equal(knn_neighbors(train, test, k=k)[1], wanted[:, :k])
+
+
+def test_training_features_may_be_a_read_only_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    train, labels, test = rng.normal(size=(90, 6)).astype(np.float32), np.arange(90) % 4, rng.normal(size=(31, 6))
+    np.save(tmp_path / "train.npy", train)
+    wanted = knn_classify(train, labels, test, k=7)
+    monkeypatch.setattr(unit_rows, "_BLOCK_BYTES", 4 * 6 * 11)
+    assert torch.equal(knn_classify(np.load(tmp_path / "train.npy", mmap_mode="r"), labels, test, k=7), wanted)
+
+
+@pytest.mark.parametrize("row", [0, 40, 89])
+def test_a_value_that_is_not_finite_is_found_in_any_block_before_any_search(
+    monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    monkeypatch.setattr(unit_rows, "_BLOCK_BYTES", 4 * 6 * 11)
+    monkeypatch.setattr(knn, "_search", None)
+    train = np.ones((90, 6))
+    train[row, 3] = -np.inf
+    with pytest.raises(InputError, match=f"train_features: row {row} holds NaN or infinity"):
+        knn_classify(train, np.arange(90) % 4, np.ones((2, 6)))
 
 
 def test_extreme_scales_have_a_direction_too() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import (
     Manifest,
+    encoder_fingerprint,
     evaluate_knn,
     evaluate_linear,
     extract_features,
@@ -18,11 +20,27 @@ from simclr_scale.evaluation import (
     linear_probe,
     top1,
 )
+from tests.evaluation.counting import CountingEncoder
 from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder, to_tensor
+from tests.gloo_pool import GlooPool
 
 CLASSES = ("a", "b", "c", "d")
 TRAIN = ColorSource([0, 1, 2, 3] * 12 + [-1] * 3, CLASSES)
 TEST = ColorSource([3, 2, 1, 0, -1] * 5, CLASSES, seed=1)
+
+
+class Muddled(ColorSource):
+    """Two classes of each colour: half the answers are luck."""
+
+    def image(self, index: int) -> Image.Image:
+        labels, self.labels = self.labels, self.labels // 2
+        try:
+            return super().image(index)
+        finally:
+            self.labels = labels
+
+
+MUDDLED = Muddled([0, 1, 2, 3] * 12, CLASSES), Muddled([3, 2, 1, 0] * 9, CLASSES, seed=1)
 EVALUATIONS = [evaluate_knn, evaluate_linear]
 Evaluation = Callable[..., Manifest]
 
@@ -44,6 +62,58 @@ def test_knn_is_the_functions_put_together(tmp_path: Path) -> None:
     assert record["test"]["images"] == 20
     assert record["encoder"]["spec"] == "small"
     assert record["warnings"] == []
+
+
+def test_of_several_k_the_first_is_the_result_and_the_others_stand_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ks = (7, 48, 1)
+    manifest = evaluate_knn(small_encoder(), to_tensor, *MUDDLED, k=ks, temperature=0.5)
+    one = {k: evaluate_knn(small_encoder(), to_tensor, *MUDDLED, k=k, temperature=0.5).mean for k in ks}
+    assert one[7] > max(one[48], one[1])
+    record = json.loads(manifest.write(tmp_path / "knn.json").read_text())
+    assert manifest.values == (one[7],)
+    assert record["settings"]["k"] == record["details"]["neighbors"] == 7
+    assert record["details"]["top1_by_k"] == {str(k): value for k, value in one.items()}
+    capsys.readouterr()
+    manifest.print_table()
+    assert f"48: {one[48]:.4g}, 1: {one[1]:.4g}" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_fewer_readable_images_than_k_all_vote_and_that_is_said() -> None:
+    damaged = DamagedSource(TRAIN.labels.tolist(), CLASSES, 0, range(8))
+    manifest = evaluate_knn(small_encoder(), to_tensor, damaged, TEST, k=48)
+    assert manifest.details["neighbors"] == 40
+    assert manifest.warnings[-1] == "k is 48, but only 40 training images can be read: all of them vote"
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_a_cache_changes_no_digit(evaluate: Evaluation, tmp_path: Path) -> None:
+    settings = {"k": (5, 20)} if evaluate is evaluate_knn else {"l2": 1e-3}
+    damaged, encoder = DamagedSource(TRAIN.labels.tolist(), CLASSES, 0, (0, 17)), CountingEncoder()
+    records = []
+    for cache in (None, tmp_path, tmp_path):
+        encoder.forwards.clear()
+        record = evaluate(encoder, to_tensor, damaged, MUDDLED[1], batch_size=7, cache=cache, **settings).as_dict()
+        del record["created"]
+        records.append(record)
+    assert len(encoder.forwards) == 2  # a probe for each part
+    assert records[0] == records[1] == records[2]
+
+
+def _evaluated(rank: int, world_size: int, task: str) -> dict[str, object]:
+    del rank, world_size
+    evaluate, settings = {"knn": (evaluate_knn, {"k": (5, 20)}), "linear": (evaluate_linear, {"l2": 1e-3})}[task]
+    manifest = evaluate(small_encoder(), to_tensor, *MUDDLED, batch_size=7, **settings)  # type: ignore[operator]
+    assert 0.3 < manifest.mean < 0.8
+    assert manifest.encoder.fingerprint == encoder_fingerprint(small_encoder())
+    return {**manifest.as_dict(), "created": "", "encoder": ""}
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_ranks_share_the_work_and_give_the_same_digits(gloo: GlooPool, task: str) -> None:
+    (alone,) = gloo(1, _evaluated, task)
+    assert gloo(2, _evaluated, task) == [alone, alone]
 
 
 def test_linear_is_the_functions_put_together(tmp_path: Path) -> None:
@@ -98,14 +168,29 @@ def test_a_fit_that_stops_short_is_a_warning() -> None:
     assert manifest.warnings == ("the fit stopped short of its optimum after 1 iterations",)
 
 
+NO_TRAINING = "5 of 20 test images count as errors: their classes have no training image (d)"
+NO_TEST = "12 of 48 training images are of classes that have no test image (d)"
+
+
 @pytest.mark.parametrize("evaluate", EVALUATIONS)
-def test_test_images_of_unseen_classes_are_errors_and_counted(evaluate: Evaluation) -> None:
+def test_test_images_of_unseen_classes_are_errors_and_counted_where_that_is_allowed(evaluate: Evaluation) -> None:
     train = ColorSource([0, 1, 2] * 16, CLASSES)
-    with_unseen = evaluate(small_encoder(), to_tensor, train, TEST)
-    without = evaluate(small_encoder(), to_tensor, train, ColorSource([-1, 2, 1, 0, -1] * 5, CLASSES, seed=1))
+    settings = {"k": 48} if evaluate is evaluate_knn else {}
+    with_unseen = evaluate(small_encoder(), to_tensor, train, TEST, allow_missing_classes=True, **settings)
+    without = evaluate(
+        small_encoder(), to_tensor, train, ColorSource([-1, 2, 1, 0, -1] * 5, CLASSES, seed=1), **settings
+    )
     assert with_unseen.mean == pytest.approx(0.75 * without.mean)
-    assert with_unseen.warnings == ("5 of 20 test images count as errors: their classes have no training image (d)",)
+    assert with_unseen.warnings == (NO_TRAINING,)
     assert without.warnings == ()
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_classes_without_a_test_image_are_a_warning_where_that_is_allowed(evaluate: Evaluation) -> None:
+    test = ColorSource([-1, 2, 1, 0, -1] * 5, CLASSES, seed=1)
+    settings = {"k": 5} if evaluate is evaluate_knn else {"l2": 0.1}
+    manifest = evaluate(small_encoder(), to_tensor, TRAIN, test, allow_missing_classes=True, **settings)
+    assert manifest.warnings == (NO_TEST,)
 
 
 def test_classes_of_two_data_sets_are_matched_by_name() -> None:
@@ -124,6 +209,14 @@ def test_classes_of_two_data_sets_are_matched_by_name() -> None:
     [
         (ColorSource([-1] * 4, ()), TEST, "colors: no image of the train part has a label"),
         (TRAIN, ColorSource([-1] * 4, ()), "colors: no image of the test part has a label"),
+        (ColorSource([0, 1, 2] * 16, CLASSES), TEST, f"colors: {NO_TRAINING}; wanted the same classes in both parts"),
+        (TRAIN, ColorSource([0, 1, 2], CLASSES), f"colors: {NO_TEST}; wanted the same classes in both parts"),
+        (
+            ColorSource([0, 1, 2] * 2, CLASSES),
+            ColorSource([1, 2, 3], CLASSES),
+            "1 of 3 test images count as errors: their classes have no training image (d); "
+            "2 of 6 training images are of classes that have no test image (a); wanted the same",
+        ),
         (ColorSource([2] * 4, CLASSES), TEST, "its training labels are all of class 'c'; a classifier needs"),
         (
             TRAIN,
@@ -148,6 +241,10 @@ def test_sources_that_cannot_be_evaluated_are_refused_before_any_work(
     ("evaluate", "settings", "message"),
     [
         (evaluate_knn, {"k": 0}, "k: 0"),
+        (evaluate_knn, {"k": ()}, "k: none given"),
+        (evaluate_knn, {"k": (5, 7, 5)}, "k: 5, 7, 5, wanted each number once"),
+        (evaluate_knn, {"k": 49}, "k: 49, wanted at most 48, the labelled training images of colors"),
+        (evaluate_knn, {"k": (5, 200)}, "k: 200, wanted at most 48"),
         (evaluate_knn, {"temperature": -1.0}, "temperature: -1.0"),
         (evaluate_linear, {"l2": -1.0}, "l2: -1.0"),
         (evaluate_linear, {"validation_fraction": 0.0}, "validation_fraction: 0.0"),
@@ -159,7 +256,7 @@ def test_settings_are_refused_before_any_work(evaluate: Evaluation, settings: di
 
 
 def test_away_from_a_terminal_each_stage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST)
+    evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=48)
     captured = capsys.readouterr()
     stages = [re.sub(r" in [\d.]+ s$", "", line) for line in captured.err.splitlines()]
     assert stages == ["features, train: 48 images", "features, test: 20 images", "nearest neighbours: 20 images"]
