@@ -138,6 +138,6 @@ def _augmentation(transform: ImageTransform, preset: Preset | None) -> Augmentat
     """The one of that name, or the one for images such as the encoder takes."""
     if preset is None:
         small = max(transform.config["input_size"][1:]) <= _SMALL_IMAGE
-        preset = {1: "grey", 3: "small" if small else "natural"}.get(transform.channels, "multiband")  # type: ignore[assignment]
+        preset = {1: "grey", 3: "small" if small else "natural"}.get(transform.channels, "multiband")
     assert preset is not None
     return resolve(preset, {})

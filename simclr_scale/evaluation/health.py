@@ -166,7 +166,7 @@ def uniformity(features: Array, *, t: float = 2.0, chunk_size: int = 1024) -> fl
     for number, block in enumerate(blocks):
         rows = _directions(block)
         within = -t * _squared_distances(rows, rows)
-        sums.append(within[tuple(torch.triu_indices(*within.shape, offset=1))].logsumexp(0))
+        sums.append(within[tuple(torch.triu_indices(len(rows), len(rows), offset=1))].logsumexp(0))
         sums += [
             (-t * _squared_distances(rows, _directions(other))).flatten().logsumexp(0) for other in blocks[number + 1 :]
         ]

@@ -215,7 +215,7 @@ def _view_batches(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Both views of the images at `indices`, for `extract_features`: view v of the nth of these has the index 2 n + v."""
+    """Both views of the images at `indices`, for `extract_features`: view v of the nth has the index 2 n + v."""
     side = transform.config["input_size"][1]
     dataset = ViewsDataset(source, augmentation, side, seed, value_range=transform.value_range)
     batches: Sequence[list[Key]] = [
