@@ -1,5 +1,6 @@
 """An encoder with its transform, in one folder, in timm's own format."""
 
+from simclr_scale.bundle.export import Exported, export_encoder
 from simclr_scale.bundle.loading import BASELINES, baseline, describe_specs, load_encoder
 from simclr_scale.bundle.saving import BUNDLE_KEY, encoder_config, save_encoder
 from simclr_scale.bundle.transform import ImageTransform
@@ -7,10 +8,12 @@ from simclr_scale.bundle.transform import ImageTransform
 __all__ = [
     "BASELINES",
     "BUNDLE_KEY",
+    "Exported",
     "ImageTransform",
     "baseline",
     "describe_specs",
     "encoder_config",
+    "export_encoder",
     "load_encoder",
     "save_encoder",
 ]

@@ -1,4 +1,4 @@
-"""How good a frozen encoder is: kNN and linear evaluation, given an encoder and images and no trainer."""
+"""How good a frozen encoder is, given an encoder and images and no trainer: kNN, linear, health without labels."""
 
 from simclr_scale.evaluation.features import (
     ImageDataset,
@@ -7,6 +7,8 @@ from simclr_scale.evaluation.features import (
     image_loader,
     source_features,
 )
+from simclr_scale.evaluation.health import alignment, alpha_req, collapse_warnings, rankme, uniformity
+from simclr_scale.evaluation.health_report import HealthReport, evaluate_health
 from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_neighbors
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
@@ -14,10 +16,15 @@ from simclr_scale.evaluation.metrics import mean_per_class_accuracy, top1
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
 
 __all__ = [
+    "HealthReport",
     "ImageDataset",
     "LinearProbe",
     "Manifest",
+    "alignment",
+    "alpha_req",
+    "collapse_warnings",
     "encoder_fingerprint",
+    "evaluate_health",
     "evaluate_knn",
     "evaluate_linear",
     "extract_features",
@@ -28,7 +35,9 @@ __all__ = [
     "knn_neighbors",
     "linear_probe",
     "mean_per_class_accuracy",
+    "rankme",
     "require_new_file",
     "source_features",
     "top1",
+    "uniformity",
 ]

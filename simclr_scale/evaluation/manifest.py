@@ -97,7 +97,21 @@ def require_new_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _library_versions() -> dict[str, str | None]:
+def write_json(content: Mapping[str, Any], file: Path) -> Path:
+    """Writes `content` to `file`, whole or not at all; NaN is an error."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+    return file
+
+
+def library_versions() -> dict[str, str | None]:
+    """Of this package and of those that the numbers depend on; None where one is not installed."""
+
     def of(library: str) -> str | None:
         try:
             return version(library)
@@ -107,7 +121,8 @@ def _library_versions() -> dict[str, str | None]:
     return {"simclr-scale": __version__} | {library: of(library) for library in _LIBRARIES}
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -132,8 +147,8 @@ class Manifest:
     """What came out beside the value: the strength chosen, iterations."""
     warnings: tuple[str, ...] = ()
     """What a reader of the value must know."""
-    versions: Mapping[str, str | None] = field(default_factory=_library_versions)
-    created: str = field(default_factory=_now)
+    versions: Mapping[str, str | None] = field(default_factory=library_versions)
+    created: str = field(default_factory=now)
     """UTC, ISO 8601."""
 
     @property
@@ -165,15 +180,7 @@ class Manifest:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes JSON to `path`, whole or not at all. Raises InputError as `require_new_file` does."""
-        file = require_new_file(path)
-        text = json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
-        draft = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, file)
-        finally:
-            draft.unlink(missing_ok=True)
-        return file
+        return write_json(self.as_dict(), require_new_file(path))
 
     def print_table(self, console: "Console | None" = None) -> None:
         """Prints the record for a reader, to standard output unless `console` says otherwise."""
