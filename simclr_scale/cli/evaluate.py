@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,8 @@ from simclr_scale.data.sources.grey import PICTURE_CHANNELS
 from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation import Manifest, evaluate_knn, evaluate_linear, require_new_file
+from simclr_scale.evaluation import LabelBudget, Manifest, evaluate_knn, evaluate_linear, require_new_file
+from simclr_scale.evaluation.probes import EPOCHS
 
 
 @dataclass
@@ -94,6 +95,9 @@ def run_knn(
     data: EvaluationData,
     k: int = 200,
     temperature: float = 0.07,
+    labels: str = "1.0",
+    seeds: int | None = None,
+    seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
     output: str | None = None,
@@ -105,34 +109,47 @@ def run_knn(
         data: the labelled images.
         k: neighbours that vote.
         temperature: of their weights, exp(similarity / temperature).
+        labels: those used of the training images: a fraction, k of every class as in 5-shot, or a list file.
+        seeds: draws of the labels; 5 of k-shot, else 1, where not given.
+        seed: of the first draw.
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
     """
-    _evaluate(evaluate_knn, encoder, data, batch_size, device, output, k=k, temperature=temperature)
+    settings = {"k": k, "temperature": temperature, "labels": labels, "seeds": seeds, "seed": seed}
+    _evaluate(evaluate_knn, encoder, data, batch_size, device, output, **settings)
 
 
 def run_linear(
     encoder: str,
     data: EvaluationData,
+    method: Literal["lbfgs", "grid"] = "lbfgs",
     l2: float | None = None,
+    epochs: int = EPOCHS,
+    labels: str = "1.0",
+    seeds: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
     output: str | None = None,
 ) -> None:
-    """Score an encoder by multinomial logistic regression on its frozen features.
+    """Score an encoder by a linear classifier on its frozen features.
 
     Args:
         encoder: a run, a bundle, a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS.
         data: the labelled images.
-        l2: weight of the penalty; where not given, chosen among 45 on a part of the training images.
-        seed: of that part.
+        method: lbfgs, logistic regression to its optimum, or grid, 16 probes trained by SGD and the best of them.
+        l2: weight of the penalty of lbfgs; where not given, chosen among 45 on a part of the training images.
+        epochs: of grid.
+        labels: those used of the training images: a fraction, k of every class as in 5-shot, or a list file.
+        seeds: draws of the labels; 5 of k-shot, else 1, where not given.
+        seed: of the first draw, and of the part that choices are made on.
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
     """
-    _evaluate(evaluate_linear, encoder, data, batch_size, device, output, l2=l2, seed=seed)
+    settings = {"method": method, "l2": l2, "epochs": epochs, "labels": labels, "seeds": seeds, "seed": seed}
+    _evaluate(evaluate_linear, encoder, data, batch_size, device, output, **settings)
 
 
 def _run(command: str, function: Callable[..., None], argv: list[str]) -> None:
@@ -160,6 +177,7 @@ def _evaluate(
         require_new_file(output)
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
+    LabelBudget.parse(settings["labels"]).seeds(settings["seeds"], settings["seed"])  # before anything is opened
     encoder, transform, train, test = _open(spec, data)
     with killed_workers_explained():
         manifest = evaluate(

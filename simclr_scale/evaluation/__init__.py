@@ -1,26 +1,46 @@
 """How good a frozen encoder is: kNN and linear evaluation, given an encoder and images and no trainer."""
 
 from simclr_scale.evaluation.features import ImageDataset, extract_features, gather_features, image_loader
+from simclr_scale.evaluation.few_labels import (
+    FewLabelScore,
+    LabelBudget,
+    LabelSelection,
+    few_label_knn,
+    few_label_linear,
+    select_labels,
+)
 from simclr_scale.evaluation.knn import knn_classify, knn_neighbors
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
 from simclr_scale.evaluation.metrics import mean_per_class_accuracy, top1
+from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
 
 __all__ = [
+    "FewLabelScore",
+    "GridProbe",
     "ImageDataset",
+    "LabelBudget",
+    "LabelSelection",
     "LinearProbe",
     "Manifest",
+    "ProbeSetting",
+    "TrainedProbes",
     "encoder_fingerprint",
     "evaluate_knn",
     "evaluate_linear",
     "extract_features",
+    "few_label_knn",
+    "few_label_linear",
     "gather_features",
     "image_loader",
     "knn_classify",
     "knn_neighbors",
     "linear_probe",
     "mean_per_class_accuracy",
+    "probe_grid",
     "require_new_file",
+    "select_labels",
     "top1",
+    "train_probes",
 ]

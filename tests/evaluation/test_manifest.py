@@ -43,6 +43,7 @@ def test_the_file_holds_everything(tmp_path: Path) -> None:
         "images": 3,
         "unlabelled": 1,
         "classes": ["cat", "dog"],
+        "unreadable": [],
     }
     assert record["test"]["split"] == "seed 1"
     assert record["label_selection"] == "all"
