@@ -123,7 +123,7 @@ def run_knn(
 def run_linear(
     encoder: str,
     data: EvaluationData,
-    method: Literal["lbfgs", "grid"] = "lbfgs",
+    method: Literal["lbfgs", "grid", "sgd"] = "lbfgs",
     l2: float | None = None,
     epochs: int = EPOCHS,
     labels: str = "1.0",
@@ -138,9 +138,10 @@ def run_linear(
     Args:
         encoder: a run, a bundle, a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS.
         data: the labelled images.
-        method: lbfgs, logistic regression to its optimum, or grid, 16 probes trained by SGD and the best of them.
+        method: lbfgs, logistic regression to its optimum; grid, the best of 16 probes trained by SGD; or sgd, the
+            paper's protocol with random crops, which runs the encoder in every epoch.
         l2: weight of the penalty of lbfgs; where not given, chosen among 45 on a part of the training images.
-        epochs: of grid.
+        epochs: of grid and sgd.
         labels: those used of the training images: a fraction, k of every class as in 5-shot, or a list file.
         seeds: draws of the labels; 5 of k-shot, else 1, where not given.
         seed: of the first draw, and of the part that choices are made on.

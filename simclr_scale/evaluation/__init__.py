@@ -1,5 +1,6 @@
 """How good a frozen encoder is: kNN and linear evaluation, given an encoder and images and no trainer."""
 
+from simclr_scale.evaluation.augmented import AugmentedProbe, augmented_probe
 from simclr_scale.evaluation.features import ImageDataset, extract_features, gather_features, image_loader
 from simclr_scale.evaluation.few_labels import (
     FewLabelScore,
@@ -17,6 +18,7 @@ from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbe
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
 
 __all__ = [
+    "AugmentedProbe",
     "FewLabelScore",
     "GridProbe",
     "ImageDataset",
@@ -26,6 +28,7 @@ __all__ = [
     "Manifest",
     "ProbeSetting",
     "TrainedProbes",
+    "augmented_probe",
     "encoder_fingerprint",
     "evaluate_knn",
     "evaluate_linear",

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from simclr_scale.bundle import ImageTransform
 from simclr_scale.data.sources import Source
 from simclr_scale.errors import InputError
+from simclr_scale.evaluation.augmented import (
+    LEARNING_RATE,
+    AugmentedProbe,
+    augmented_probe,
+    check_augmented_settings,
+)
 from simclr_scale.evaluation.features import Transform, extract_features, image_loader
 from simclr_scale.evaluation.few_labels import LabelBudget, LabelSelection, check_choice, select_labels
 from simclr_scale.evaluation.knn import check_knn_settings, knn_classify
@@ -104,7 +111,7 @@ def evaluate_linear(
     train_source: Source,
     test_source: Source,
     *,
-    method: Literal["lbfgs", "grid"] = "lbfgs",
+    method: Literal["lbfgs", "grid", "sgd"] = "lbfgs",
     l2: float | None = None,
     l2_values: tuple[float, ...] = L2_VALUES,
     validation_fraction: float = 0.2,
@@ -112,6 +119,7 @@ def evaluate_linear(
     max_iterations: int = 5000,
     learning_rates: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    learning_rate: float = LEARNING_RATE,
     epochs: int = EPOCHS,
     probe_batch_size: int = 256,
     labels: str | float = 1.0,
@@ -122,12 +130,14 @@ def evaluate_linear(
     spec: str = "",
     label_selection: str = "all",
 ) -> Manifest:
-    """Top-1 of a linear classifier on the labelled images of `test_source`, its features frozen and not augmented.
+    """Top-1 of a linear classifier on the features of a frozen encoder, on the labelled images of `test_source`.
 
     With `method` "lbfgs" it is multinomial logistic regression to its optimum: `l2` to `max_iterations` are then those
     of `linear_probe`. With "grid" it is the best of a grid of probes trained by SGD: `validation_fraction`, `seed` and
-    `learning_rates` to `probe_batch_size` are then those of `probe_grid` (`batch_size`). The others and the errors are
-    those of `evaluate_knn`; every draw of `labels` is a fit of its own, with a choice of its own by the seed of the
+    `learning_rates` to `probe_batch_size` are then those of `probe_grid` (`batch_size`). With "sgd" it is the paper's
+    protocol, which alone augments the training images and runs the encoder in every epoch: `seed`, `learning_rate`,
+    `epochs` and `probe_batch_size` are then those of `augmented_probe`. The others and the errors are those of
+    `evaluate_knn`; every draw of `labels` is a fit of its own, with a choice of its own by the seed of the
     draw. A fit that stops short of its optimum, or a choice at the edge of its range, is a warning in the manifest.
     """
     settings: dict[str, Any]
@@ -152,12 +162,40 @@ def evaluate_linear(
             "seed": seed,
         }
         fits, unit = (2 * epochs if chosen_by_validation else epochs), "epochs"
+    elif method == "sgd":
+        if l2 is not None:
+            raise InputError(f"l2: {l2}, but method sgd is not regularised; l2 is of method lbfgs")
+        check_augmented_settings(transform, learning_rate, 0.0, epochs, probe_batch_size)
+        chosen_by_validation = False
+        settings = {
+            "method": method,
+            "augmentation": "random resized crop, flip",
+            "learning_rate": learning_rate,
+            "epochs": epochs,
+            "probe_batch_size": probe_batch_size,
+            "momentum": MOMENTUM,
+            "seed": seed,
+        }
+        fits, unit = epochs, "epochs"
     else:
-        raise InputError(f"method: {method!r}, wanted lbfgs or grid")
+        raise InputError(f"method: {method!r}, wanted lbfgs, grid or sgd")
 
-    def fit(
-        features: torch.Tensor, targets: np.ndarray, draw: int, progress: Callable[[int], None]
-    ) -> LinearProbe | GridProbe:
+    def fit(rows: np.ndarray, draw: int, progress: Callable[[int], None]) -> LinearProbe | GridProbe | AugmentedProbe:
+        if method == "sgd":
+            return augmented_probe(
+                encoder,
+                cast(ImageTransform, transform),  # checked above
+                train_source,
+                pair.train_indices[rows],
+                learning_rate=learning_rate,
+                epochs=epochs,
+                batch_size=probe_batch_size,
+                seed=draw,
+                num_workers=num_workers,
+                device=device,
+                progress=progress,
+            )
+        features, targets = train[rows], pair.train_labels[rows]
         if method == "lbfgs":
             return linear_probe(
                 features,
@@ -190,16 +228,16 @@ def evaluate_linear(
     values: list[float] = []
     details: list[dict[str, Any]] = []
     warnings: list[str] = []
-    stage = "logistic regression" if method == "lbfgs" else "grid of probes"
+    stage = {"lbfgs": "logistic regression", "grid": "grid of probes", "sgd": "linear classifier by SGD"}[method]
     draws = len(chosen.selections)
     with show_progress(stage, draws * fits, unit) as progress:
         for number, selection in enumerate(chosen.selections):
             rows = pair.rows(selection)
-            probe = fit(train[rows], pair.train_labels[rows], selection.seed, _from(number * fits, progress))
+            probe = fit(rows, selection.seed, _from(number * fits, progress))
             values.append(probe.accuracy(test, pair.test_labels))
             details.append(_fit_details(probe))
             where = f"seed {selection.seed}: " if draws > 1 else ""
-            warnings += [where + warning for warning in probe.warnings]
+            warnings += [where + warning for warning in getattr(probe, "warnings", ())]
     return pair.manifest(
         task="linear",
         values=tuple(values),
@@ -211,7 +249,9 @@ def evaluate_linear(
     )
 
 
-def _fit_details(probe: LinearProbe | GridProbe) -> dict[str, Any]:
+def _fit_details(probe: LinearProbe | GridProbe | AugmentedProbe) -> dict[str, Any]:
+    if isinstance(probe, AugmentedProbe):
+        return {"losses": list(probe.losses)}
     validation = [asdict(score) for score in probe.validation]
     if isinstance(probe, GridProbe):
         return asdict(probe.setting) | {"validation": validation}

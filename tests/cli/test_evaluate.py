@@ -119,6 +119,16 @@ def test_linear_by_a_grid_of_probes(images: Path, command: Command, tmp_path: Pa
     assert record["value"]["mean"] > 0.6
 
 
+def test_linear_by_sgd_on_augmented_images(images: Path, command: Command, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.json"
+    what = ("--encoder", "histogram:2", "--data.source", images, "--data.num_workers", 0)
+    assert command("linear", *what, "--method", "sgd", "--epochs", 30, "--output", manifest).status == 0
+    record = json.loads(manifest.read_text())
+    assert (record["settings"]["method"], record["settings"]["learning_rate"]) == ("sgd", 0.1)
+    assert len(record["details"]["losses"]) == 30
+    assert record["value"]["mean"] > 0.6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -143,7 +153,7 @@ def test_methods_of_linear_are_named_where_another_is_given(images: Path, comman
     what = ("linear", "--encoder", "pixels:4", "--data.source", images)
     outcome = command(*what, "--method", "adam")
     assert outcome.status == 2
-    assert "method: expected one of 'lbfgs', 'grid'; got adam" in outcome.err
+    assert "method: expected one of 'lbfgs', 'grid', 'sgd'; got adam" in outcome.err
     outcome = command(*what, "--labels", "1-shot")
     assert outcome.status == 2
     assert "one image in each class, none left to choose l2 by; give l2 itself" in outcome.err

@@ -322,7 +322,9 @@ def test_lists_that_do_not_fit_are_named(lines: str, message: str, tmp_path: Pat
         ),
         ({"method": "grid", "l2": 1.0}, "l2: 1.0, but method grid has weight_decays"),
         ({"method": "grid", "epochs": 0}, "epochs: 0"),
-        ({"method": "adam"}, "method: 'adam', wanted lbfgs or grid"),
+        ({"method": "sgd", "l2": 1.0}, "l2: 1.0, but method sgd is not regularised"),
+        ({"method": "sgd"}, "transform: a NoneType cannot crop at random; wanted the ImageTransform of load_encoder"),
+        ({"method": "adam"}, "method: 'adam', wanted lbfgs, grid or sgd"),
     ],
 )
 def test_settings_of_linear_are_refused_before_any_work(settings: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ def test_the_whole_warm_started_path_lies_at_the_optima_of_scikit_learn() -> Non
     problem, fit = LogisticRegression(x.double(), y, 4), None
     for l2 in sorted(L2_VALUES, reverse=True):
         fit = problem.fit(l2, start=fit)
-        oracle = ScikitLogisticRegression(C=1 / (203 * l2), solver="newton-cg", tol=1e-9, max_iter=1000)
+        oracle = ScikitLogisticRegression(C=1 / (203 * l2), solver="newton-cholesky", tol=1e-9, max_iter=1000)
         oracle.fit(x.double().numpy(), y.numpy())
         best, _ = objective(torch.from_numpy(oracle.coef_), torch.from_numpy(oracle.intercept_), x, y, l2)
         reached, _ = objective(fit.weight, fit.bias, x, y, l2)
