@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from simclr_scale.data.draws import BOX, Draw, draw_views
 from simclr_scale.data.pixels import size_of
 from simclr_scale.data.randomness import Purpose, generator
 from simclr_scale.data.sources import Source
+from simclr_scale.distributed import World, world
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.classifier import LinearClassifier
 from simclr_scale.evaluation.features import _evaluating
@@ -53,13 +55,17 @@ class AugmentedImages(Dataset[tuple[torch.Tensor, int]]):
 
 
 class _Batches:
-    """(epoch, index) of all batches of all epochs: each epoch a new seeded order, without the tail of a batch."""
+    """This rank's (epoch, index) of all batches of all epochs.
 
-    def __init__(self, indices: np.ndarray, size: int, epochs: int, seed: int) -> None:
+    Each epoch has a new seeded order, cut into global batches without the tail; a rank has every so many-th of a batch.
+    """
+
+    def __init__(self, indices: np.ndarray, size: int, epochs: int, seed: int, ranks: World) -> None:
         self._indices = indices
         self._size = size
         self._epochs = epochs
         self._seed = seed
+        self._ranks = ranks
 
     def __len__(self) -> int:
         return self._epochs * (len(self._indices) // self._size)
@@ -69,7 +75,8 @@ class _Batches:
             raw = generator(Purpose.ORDER, self._seed, epoch, 0).bit_generator.random_raw(len(self._indices))
             order = self._indices[np.argsort(raw, kind="stable")].tolist()
             for start in range(0, len(order) - self._size + 1, self._size):
-                yield [(epoch, index) for index in order[start : start + self._size]]
+                mine = order[start + self._ranks.rank : start + self._size : self._ranks.size]
+                yield [(epoch, index) for index in mine]
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,12 @@ def augmented_probe(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     progress: Callable[[int], object] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> AugmentedProbe:
     """Trains a linear classifier on random crops and flips of labelled images, the encoder frozen.
+
+    On several ranks each encodes its part of every global batch, and all arrive at the same classifier: that of one
+    rank, to the rounding of float32. Arguments are then equal on all of them, and every image must be readable.
 
     Args:
         encoder: images (B, C, H, W) in, features (B, D) out. In evaluation mode throughout, so that no weight and no
@@ -106,15 +117,17 @@ def augmented_probe(
         learning_rate: of a batch of 256; scaled by B / 256.
         weight_decay: factor of the weight in its gradient; the bias is not decayed.
         epochs: over the images.
-        batch_size: B; n where that is less. What does not fill the last batch is left out, other images every epoch.
+        batch_size: B, of all ranks together; n where that is less. What does not fill the last batch is left out, other
+            images every epoch.
         seed: of the orders, the crops and the flips.
         num_workers: processes that read images.
         device: where the encoder runs; None for where it is.
         progress: is told how many epochs are done.
+        group: the ranks; None for all.
 
     Raises:
         InputError: an image is unlabelled or cannot be read, there are fewer than two classes, a setting is out of
-            range, the transform cannot crop, or the training diverges.
+            range, the transform cannot crop, a batch is smaller than the number of ranks, or the training diverges.
     """
     check_augmented_settings(transform, learning_rate, weight_decay, epochs, batch_size)
     chosen = np.flatnonzero(source.labels >= 0) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -125,7 +138,10 @@ def augmented_probe(
         raise InputError(f"{source.name}: all labels are of class {int(classes[0])}; a classifier needs at least two")
     target_of = torch.from_numpy(np.searchsorted(classes, source.labels))
     size = min(batch_size, len(chosen))
-    batches = _Batches(chosen, size, epochs, seed)
+    ranks = world(group)
+    if size < ranks.size:
+        raise InputError(f"batch_size: {size} images a step for {ranks.size} ranks; wanted at least one a rank")
+    batches = _Batches(chosen, size, epochs, seed, ranks)
     images = AugmentedImages(source, transform, seed)
     loader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
@@ -149,14 +165,17 @@ def augmented_probe(
                 optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
                 total = torch.zeros((), device=there)
             cosine = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * size / 256 * cosine
-            loss = F.cross_entropy(head(features), target_of[index].to(there))
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate * size / 256 * cosine
+            # The sum over this rank's part / B: the sum of these over the ranks is the mean over the batch.
+            loss = F.cross_entropy(head(features), target_of[index].to(there), reduction="sum") / size
             optimizer.zero_grad()
             loss.backward()
+            _sum_over_ranks([weight.grad for weight in head.parameters() if weight.grad is not None], ranks, group)
             optimizer.step()
             total += loss.detach()
             if (step + 1) % each_epoch == 0:
+                _sum_over_ranks([total], ranks, group)
                 losses.append(float(total) / each_epoch)
                 total.zero_()
                 if not math.isfinite(losses[-1]):
@@ -170,6 +189,12 @@ def augmented_probe(
         classes=torch.from_numpy(classes),
         losses=tuple(losses),
     )
+
+
+def _sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: World, group: dist.ProcessGroup | None) -> None:
+    if ranks.size > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=group)
 
 
 def check_augmented_settings(

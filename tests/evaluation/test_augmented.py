@@ -17,6 +17,7 @@ from simclr_scale.errors import InputError
 from simclr_scale.evaluation import augmented_probe, encoder_fingerprint, evaluate_linear, extract_features, top1
 from simclr_scale.evaluation.features import image_loader
 from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder
+from tests.gloo_pool import GlooPool
 
 CLASSES = ("a", "b", "c", "d")
 LABELS = [0, 1, 2, -1, 3] * 7
@@ -114,6 +115,35 @@ def test_workers_change_nothing_and_the_seed_does() -> None:
     assert torch.equal(first.weight, again.weight)
     assert first.losses == again.losses
     assert augmented_probe(small_encoder(), TRANSFORM, TRAIN, seed=1, **settings).losses != first.losses
+
+
+def _on_a_rank(rank: int, world_size: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
+    del rank, world_size
+    probe = augmented_probe(small_encoder(), TRANSFORM, TRAIN, learning_rate=8.0, epochs=3, batch_size=batch_size)
+    return probe.weight, probe.bias, probe.losses
+
+
+@pytest.mark.parametrize("batch_size", [9, 28])
+def test_two_ranks_arrive_where_one_does(gloo: GlooPool, batch_size: int) -> None:
+    weight, bias, losses = _on_a_rank(0, 1, batch_size)
+    first, second = gloo(2, _on_a_rank, batch_size)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2] == second[2]
+    torch.testing.assert_close(first[0], weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first[1], bias, rtol=1e-4, atol=1e-5)
+    assert first[2] == pytest.approx(losses, abs=1e-6)
+
+
+def _refused(rank: int, world_size: int) -> str:
+    del rank, world_size
+    with pytest.raises(InputError) as refusal:
+        augmented_probe(small_encoder(), TRANSFORM, TRAIN, batch_size=1)
+    return str(refusal.value)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused_on_all(gloo: GlooPool) -> None:
+    assert gloo(2, _refused) == ["batch_size: 1 images a step for 2 ranks; wanted at least one a rank"] * 2
 
 
 def test_the_loss_falls_and_the_test_images_are_told_apart() -> None:
