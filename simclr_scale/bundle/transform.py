@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from simclr_scale.data.crops import cut
 from simclr_scale.data.pixels import WHITE, ValueRange, to_pixels
 from simclr_scale.data.sources.decoding import to_rgb
 from simclr_scale.data.sources.grey import to_grey
@@ -91,15 +94,36 @@ class ImageTransform:
         Raises:
             InputError: an array of another number of channels, or a picture where neither 1 nor 3 are wanted.
         """
+        image = self._of_our_channels(image)
+        if isinstance(image, Image.Image) and not image.mode.startswith("I"):
+            return self._transform(image)
+        return self._resize_and_cut(to_pixels(image, self.value_range))
+
+    def cropped(self, image: Image.Image | Tensor, box: NDArray[np.float32], *, flip: bool = False) -> Tensor:
+        """The part of an image at `box` instead of its centre, resized and normalised: (C, H, W) float32, H = W.
+
+        Bicubic and antialiased, as in training. For evaluations that augment.
+
+        Args:
+            image: as in a call.
+            box: (4,) top, left, height, width in pixels of `image`.
+            flip: mirrors the result, left to right.
+
+        Raises:
+            InputError: as in a call.
+        """
+        pixels = to_pixels(self._of_our_channels(image), self.value_range)
+        crop = cut(pixels, box, self.config["input_size"][1]).float() / WHITE
+        return tv.normalize(crop.flip(-1) if flip else crop, self.config["mean"], self.config["std"])
+
+    def _of_our_channels(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         if isinstance(image, Image.Image):
             if self.channels not in _PICTURES:
                 raise InputError(f"a picture has 1 or 3 channels, and this encoder takes arrays of {self.channels}")
-            image = _PICTURES[self.channels](image)
-            if not image.mode.startswith("I"):
-                return self._transform(image)
-        elif len(image) != self.channels:
+            return _PICTURES[self.channels](image)
+        if len(image) != self.channels:
             raise InputError(f"this encoder takes images of {self.channels} channels, not {len(image)}")
-        return self._resize_and_cut(to_pixels(image, self.value_range))
+        return image
 
     def _resize_and_cut(self, pixels: Tensor) -> Tensor:
         """What timm's transform does, on numbers: (C, H, W) in [0, 255] -> (C, height, width) normalised."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,8 @@ from simclr_scale.data.sources.grey import PICTURE_CHANNELS
 from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation import Manifest, evaluate_knn, evaluate_linear, require_new_file
+from simclr_scale.evaluation import LabelBudget, Manifest, evaluate_knn, evaluate_linear, require_new_file
+from simclr_scale.evaluation.probes import EPOCHS
 
 
 @dataclass
@@ -94,6 +95,9 @@ def run_knn(
     data: EvaluationData,
     k: int | str = 200,
     temperature: float = 0.07,
+    labels: str = "1.0",
+    seeds: int | None = None,
+    seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
     output: str | None = None,
@@ -107,30 +111,28 @@ def run_knn(
         data: the labelled images.
         k: neighbours that vote; of several, such as 200,20,10, the first gives the value, the others stand beside it.
         temperature: of their weights, exp(similarity / temperature).
+        labels: those used of the training images: a fraction, k of every class as in 5-shot, or a list file.
+        seeds: draws of the labels; 5 of k-shot, else 1, where not given.
+        seed: of the first draw.
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
         cache: folder in which features are kept, and found by the next evaluation of the same encoder and images.
         allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    _evaluate(
-        evaluate_knn,
-        encoder,
-        data,
-        batch_size,
-        device,
-        output,
-        k=_neighbor_counts(k),
-        temperature=temperature,
-        cache=cache,
-        allow_missing_classes=allow_missing_classes,
-    )
+    settings = {"k": _neighbor_counts(k), "temperature": temperature, "labels": labels, "seeds": seeds, "seed": seed}
+    settings |= {"cache": cache, "allow_missing_classes": allow_missing_classes}
+    _evaluate(evaluate_knn, encoder, data, batch_size, device, output, **settings)
 
 
 def run_linear(
     encoder: str,
     data: EvaluationData,
+    method: Literal["lbfgs", "grid", "sgd"] = "lbfgs",
     l2: float | None = None,
+    epochs: int = EPOCHS,
+    labels: str = "1.0",
+    seeds: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     device: str = "auto",
@@ -138,31 +140,27 @@ def run_linear(
     cache: str | None = None,
     allow_missing_classes: bool = False,
 ) -> None:
-    """Score an encoder by multinomial logistic regression on its frozen features.
+    """Score an encoder by a linear classifier on its frozen features.
 
     Args:
         encoder: a run, a bundle, a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS.
         data: the labelled images.
-        l2: weight of the penalty; where not given, chosen among 45 on a part of the training images.
-        seed: of that part.
+        method: lbfgs, logistic regression to its optimum; grid, the best of 16 probes trained by SGD; or sgd, the
+            paper's protocol with random crops, which runs the encoder in every epoch.
+        l2: weight of the penalty of lbfgs; where not given, chosen among 45 on a part of the training images.
+        epochs: of grid and sgd.
+        labels: those used of the training images: a fraction, k of every class as in 5-shot, or a list file.
+        seeds: draws of the labels; 5 of k-shot, else 1, where not given.
+        seed: of the first draw, and of the part that choices are made on.
         batch_size: images a forward.
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
         cache: folder in which features are kept, and found by the next evaluation of the same encoder and images.
         allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    _evaluate(
-        evaluate_linear,
-        encoder,
-        data,
-        batch_size,
-        device,
-        output,
-        l2=l2,
-        seed=seed,
-        cache=cache,
-        allow_missing_classes=allow_missing_classes,
-    )
+    settings = {"method": method, "l2": l2, "epochs": epochs, "labels": labels, "seeds": seeds, "seed": seed}
+    settings |= {"cache": cache, "allow_missing_classes": allow_missing_classes}
+    _evaluate(evaluate_linear, encoder, data, batch_size, device, output, **settings)
 
 
 def _neighbor_counts(k: int | str) -> int | tuple[int, ...]:
@@ -199,6 +197,7 @@ def _evaluate(
         require_new_file(output)
     if batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
+    LabelBudget.parse(settings["labels"]).seeds(settings["seeds"], settings["seed"])  # before anything is opened
     encoder, transform, train, test = _open(spec, data)
     with killed_workers_explained():
         manifest = evaluate(

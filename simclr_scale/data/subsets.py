@@ -87,13 +87,26 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((ties, place))
 
 
-def _listed(source: Source, path: str) -> Source:
+def listed_images(source: Source, path: str, option: str = "data.subset") -> tuple[np.ndarray, bytes]:
+    """The images that a file lists, one a line, by number or name as `take_subset` says, and the file's content.
+
+    Args:
+        source: whose images they are.
+        path: the file.
+        option: what the user calls the list, for messages.
+
+    Returns:
+        Indices into `source`, (n,) int64 in the order of the list, and the bytes of the file.
+
+    Raises:
+        InputError: the file cannot be read, lists nothing, an image twice or one that is not there.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read()
         lines = content.decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.subset: {path} cannot be read as a list of images ({error})") from error
+        raise InputError(f"{option}: {path} cannot be read as a list of images ({error})") from error
     by_name = _names(source) if any(line.strip() and not _is_number(line) for line in lines) else {}
     first_line: dict[int, int] = {}
     for number, line in enumerate(lines, 1):
@@ -107,13 +120,18 @@ def _listed(source: Source, path: str) -> Source:
             raise InputError(f"{path}, line {number}: {entry!r} is the image of line {first_line[index]} again")
         first_line[index] = number
     if not first_line:
-        raise InputError(f"data.subset: {path} lists no image")
+        raise InputError(f"{option}: {path} lists no image")
+    return np.fromiter(first_line, np.int64), content
+
+
+def _listed(source: Source, path: str) -> Source:
+    indices, content = listed_images(source, path)
     checksum = hashlib.sha256(content).hexdigest()[:12]
     description = (
-        f"subset of {len(first_line)} images listed in {os.path.basename(path)} (sha256 {checksum}...) "
+        f"subset of {len(indices)} images listed in {os.path.basename(path)} (sha256 {checksum}...) "
         f"of {source.split_description}"
     )
-    return SubsetSource(source, np.sort(np.fromiter(first_line, np.int64)), description)
+    return SubsetSource(source, np.sort(indices), description)
 
 
 def _is_number(entry: str) -> bool:

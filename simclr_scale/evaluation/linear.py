@@ -18,6 +18,7 @@ import torch
 from simclr_scale.data.splits import stratified_split
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.arrays import Array, as_features, as_labels
+from simclr_scale.evaluation.classifier import LinearClassifier
 from simclr_scale.evaluation.logistic import Fit, LogisticRegression
 from simclr_scale.evaluation.metrics import top1
 
@@ -36,15 +37,9 @@ class ValidationScore:
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """A fitted linear classifier: the logits of features (N, D) are features @ weight.T + bias, (N, C)."""
+class LinearProbe(LinearClassifier):
+    """A linear classifier fitted to the optimum of the objective above."""
 
-    weight: torch.Tensor
-    """(C, D) float64."""
-    bias: torch.Tensor
-    """(C,) float64."""
-    classes: torch.Tensor
-    """(C,) int64, ascending: the label each logit stands for."""
     l2: float
     train_loss: float
     """The objective at the solution, penalty included."""
@@ -55,17 +50,6 @@ class LinearProbe:
     test_accuracy: float | None = None
     warnings: tuple[str, ...] = ()
     """One line each on what may have cost accuracy: a fit short of its optimum, the weakest `l2` chosen."""
-
-    def predict(self, features: Array) -> torch.Tensor:
-        """The most probable class, (N,) int64, of each row of `features` (N, D)."""
-        matrix = as_features(features, "features", torch.float64)
-        if matrix.shape[1] != self.weight.shape[1]:
-            raise InputError(f"features: {matrix.shape[1]} an image, but the probe takes {self.weight.shape[1]}")
-        return self.classes[(matrix @ self.weight.T + self.bias).argmax(dim=1)]
-
-    def accuracy(self, features: Array, labels: Array) -> float:
-        """Top-1 on `features` (N, D) and `labels` (N,); a class that the training labels lack counts as an error."""
-        return top1(self.predict(features), labels)
 
 
 def linear_probe(

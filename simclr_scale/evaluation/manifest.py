@@ -34,7 +34,7 @@ class DatasetRecord:
     split: str
     fingerprint: str
     images: int
-    """Images used: those with a label that can be read."""
+    """Images used: those with a label that can be read; of few labels, those of one draw."""
     unlabelled: int
     """Images of the split left out for want of a label."""
     classes: tuple[str, ...]
@@ -139,7 +139,7 @@ class Manifest:
     train: DatasetRecord
     test: DatasetRecord
     label_selection: str
-    """Which labels of `train` were used, as the user said it: "all"."""
+    """Which labels of `train` were used: "all", "5-shot (class-balanced, seeds 0 to 4)"; the ids are in `details`."""
     encoder: EncoderRecord
     settings: Mapping[str, Any]
     """Every choice that the value depends on."""

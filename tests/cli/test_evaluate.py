@@ -103,3 +103,85 @@ def test_a_cache_serves_every_evaluation_of_an_encoder_with_the_same_digits(
     if name == "knn":
         assert records[0]["settings"]["k"] == 9
         assert list(records[0]["details"]["top1_by_k"]) == ["9", "3", "20"]
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_few_labels_are_drawn_named_and_averaged(task: str, images: Path, command: Command, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.json"
+    what = ("--encoder", "pixels:4", "--data.source", images, "--data.num_workers", 0, "--labels", "2-shot")
+    settings = {"knn": {"k": 3}, "linear": {"l2": 0.01}}[task]
+    options = [item for name, value in settings.items() for item in (f"--{name}", value)]
+    outcome = command(task, *what, *options, "--seed", 1, "--seeds", 6, "--output", manifest)
+    assert outcome.status == 0
+    record = json.loads(manifest.read_text())
+    train, test = (open_source(str(images), split=part) for part in ("train", "test"))
+    evaluate: Any = {"knn": evaluate_knn, "linear": evaluate_linear}[task]
+    expected = as_read(evaluate(*load_encoder("pixels:4"), train, test, labels="2-shot", seed=1, seeds=6, **settings))
+    for key in ("value", "train", "test", "settings", "details", "label_selection"):
+        assert record[key] == expected[key]
+    assert record["value"]["seeds"] == 6
+    names = record["details"]["chosen"][0]["ids"]
+    assert sorted(name.partition("/")[0] for name in names) == ["blue", "blue", "green", "green", "red", "red"]
+    assert "over 6 seeds" in outcome.out
+
+    # The ids of a manifest are a list file.
+    listed = tmp_path / "listed.txt"
+    listed.write_text("\n".join(names))
+    again = tmp_path / "again.json"
+    # The seed of the data's split is that of before; the labels are not drawn any more.
+    same = ("--encoder", "pixels:4", "--data.source", images, "--data.num_workers", 0, "--labels", listed)
+    assert command(task, *same, *options, "--output", again).status == 0
+    record_of_list = json.loads(again.read_text())
+    assert record_of_list["value"]["each"] == record["value"]["each"][:1]
+    assert record_of_list["details"]["chosen"][0]["ids_sha256"] == record["details"]["chosen"][0]["ids_sha256"]
+
+
+def test_linear_by_a_grid_of_probes(images: Path, command: Command, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.json"
+    what = ("--encoder", "histogram:2", "--data.source", images, "--data.num_workers", 0)
+    assert command("linear", *what, "--method", "grid", "--epochs", 20, "--output", manifest).status == 0
+    record = json.loads(manifest.read_text())
+    assert (record["settings"]["method"], record["settings"]["epochs"]) == ("grid", 20)
+    assert len(record["details"]["validation"]) == 16
+    assert record["details"]["learning_rate"] in record["settings"]["learning_rates"]
+    assert record["value"]["mean"] > 0.6
+
+
+def test_linear_by_sgd_on_augmented_images(images: Path, command: Command, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.json"
+    what = ("--encoder", "histogram:2", "--data.source", images, "--data.num_workers", 0)
+    assert command("linear", *what, "--method", "sgd", "--epochs", 30, "--output", manifest).status == 0
+    record = json.loads(manifest.read_text())
+    assert (record["settings"]["method"], record["settings"]["learning_rate"]) == ("sgd", 0.1)
+    assert len(record["details"]["losses"]) == 30
+    assert record["value"]["mean"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--labels 13-shot", "labels: 13-shot, but class 'blue' has 12 labelled training images"),
+        ("--labels 5-shot --seeds 3", "seeds: 3, wanted at least 5 of 5-shot"),
+        ("--labels 7", "labels: 7, a fraction lies above 0 and is at most 1; 7 of every class are 7-shot"),
+        ("--labels nowhere.txt", "labels: there is no list file 'nowhere.txt'"),
+        ("--seeds 2", "seeds: 2, but all labels are used"),
+    ],
+)
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_labels_that_cannot_be_had_are_one_line(
+    task: str, options: str, message: str, images: Path, command: Command
+) -> None:
+    outcome = command(task, "--encoder", "pixels:4", "--data.source", images, *options.split())
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_methods_of_linear_are_named_where_another_is_given(images: Path, command: Command) -> None:
+    what = ("linear", "--encoder", "pixels:4", "--data.source", images)
+    outcome = command(*what, "--method", "adam")
+    assert outcome.status == 2
+    assert "method: expected one of 'lbfgs', 'grid', 'sgd'; got adam" in outcome.err
+    outcome = command(*what, "--labels", "1-shot")
+    assert outcome.status == 2
+    assert "one image in each class, none left to choose l2 by; give l2 itself" in outcome.err

@@ -57,6 +57,21 @@ def test_two_classes_are_scikit_learns_at_twice_the_c() -> None:
     np.testing.assert_allclose((probe.weight[1] - probe.weight[0]).numpy(), oracle.coef_[0], atol=1e-3)
 
 
+def test_the_whole_warm_started_path_lies_at_the_optima_of_scikit_learn() -> None:
+    """All 45 strengths as the choice goes through them, each from the solution before."""
+    x, y = encoder_like(203, 24, 4)
+    problem, fit = LogisticRegression(x.double(), y, 4), None
+    for l2 in sorted(L2_VALUES, reverse=True):
+        fit = problem.fit(l2, start=fit)
+        oracle = ScikitLogisticRegression(C=1 / (203 * l2), solver="newton-cholesky", tol=1e-9, max_iter=1000)
+        oracle.fit(x.double().numpy(), y.numpy())
+        best, _ = objective(torch.from_numpy(oracle.coef_), torch.from_numpy(oracle.intercept_), x, y, l2)
+        reached, _ = objective(fit.weight, fit.bias, x, y, l2)
+        assert fit.converged
+        assert abs(reached - best) < 1e-4, l2
+        assert fit.loss == pytest.approx(reached, abs=1e-10)
+
+
 def test_scale_and_offset_of_the_features_do_not_harm_convergence() -> None:
     x, y = encoder_like(200, 15, 4)
     plain = linear_probe(x, y, l2=1e-3)

@@ -158,7 +158,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(evaluate: Evaluation,
 
 def test_a_given_l2_is_all_there_is_to_record() -> None:
     manifest = evaluate_linear(small_encoder(), to_tensor, TRAIN, TEST, l2=0.01)
-    assert manifest.settings == {"l2": 0.01, "max_iterations": 5000}
+    assert manifest.settings == {"method": "lbfgs", "l2": 0.01, "max_iterations": 5000}
     assert manifest.details["validation"] == []
 
 
