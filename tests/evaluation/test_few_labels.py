@@ -256,7 +256,7 @@ def test_only_the_chosen_images_are_read() -> None:
 def test_a_chosen_image_that_cannot_be_read_is_named() -> None:
     bad = int(chosen(0.1, TRAIN.labels)[0])
     damaged = DamagedSource(TRAIN.labels.tolist(), CLASSES, 0, {bad})
-    manifest = evaluate_knn(small_encoder(), to_tensor, damaged, TEST, labels=0.1)
+    manifest = evaluate_knn(small_encoder(), to_tensor, damaged, TEST, k=5, labels=0.1)
     assert manifest.train.images == 9
     assert manifest.warnings[0].startswith("1 of 10 training images cannot be read and are left out; the first: image")
 
@@ -264,7 +264,9 @@ def test_a_chosen_image_that_cannot_be_read_is_named() -> None:
 def test_a_list_of_numbers_from_file_to_manifest(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("9\n0\n\n2\n5\n")
-    manifest = evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, labels=str(file))
+    with pytest.raises(InputError, match=r"10 of 40 test images count as errors"):
+        evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=3, labels=str(file))
+    manifest = evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=3, labels=str(file), allow_missing_classes=True)
     md5 = hashlib.md5(file.read_bytes()).hexdigest()
     assert manifest.label_selection == f"listed in mine.txt (4 images, md5 {md5})"
     assert manifest.details["chosen"][0]["ids"] == [0, 2, 5, 9]
@@ -274,6 +276,14 @@ def test_a_list_of_numbers_from_file_to_manifest(tmp_path: Path) -> None:
 
 
 NEVER: Any = None
+
+
+def test_more_neighbours_than_a_draw_has_images_are_an_error() -> None:
+    with pytest.raises(InputError, match=r"k: 21, wanted at most 20, .* that labels 5-shot leaves"):
+        evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=(3, 21), labels="5-shot")
+    several = evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=(3, 20), labels="5-shot")
+    alone = evaluate_knn(small_encoder(), to_tensor, TRAIN, TEST, k=20, labels="5-shot")
+    assert several.details["top1_by_k"] == {"3": list(several.values), "20": list(alone.values)}
 
 
 @pytest.mark.parametrize("evaluate", [evaluate_knn, evaluate_linear])
