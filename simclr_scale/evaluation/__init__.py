@@ -21,11 +21,13 @@ from simclr_scale.evaluation.health_report import HealthReport, evaluate_health
 from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_neighbors
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
-from simclr_scale.evaluation.metrics import mean_per_class_accuracy, top1
+from simclr_scale.evaluation.metrics import METRICS, mean_per_class_accuracy, top1
+from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
 
 __all__ = [
+    "METRICS",
     "AugmentedProbe",
     "FewLabelScore",
     "GridProbe",
@@ -35,6 +37,7 @@ __all__ = [
     "LabelSelection",
     "LinearProbe",
     "Manifest",
+    "Outcome",
     "ProbeSetting",
     "TrainedProbes",
     "alignment",

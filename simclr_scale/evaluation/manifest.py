@@ -18,6 +18,7 @@ from torch import nn
 from simclr_scale import __version__
 from simclr_scale.data.sources import Source
 from simclr_scale.errors import InputError
+from simclr_scale.evaluation.outcome import Outcome
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,6 +151,8 @@ class Manifest:
     versions: Mapping[str, str | None] = field(default_factory=library_versions)
     created: str = field(default_factory=now)
     """UTC, ISO 8601."""
+    outcome: Outcome | None = field(default=None, compare=False, repr=False)
+    """The answers behind the values, image by image; not written to the file."""
 
     @property
     def mean(self) -> float:

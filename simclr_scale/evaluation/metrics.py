@@ -1,5 +1,7 @@
 """Accuracy, as plain functions of predicted and true classes."""
 
+from collections.abc import Callable
+
 import torch
 
 from simclr_scale.errors import InputError
@@ -24,6 +26,10 @@ def mean_per_class_accuracy(predictions: Array, labels: Array) -> float:
     hits, truth = _hits(predictions, labels)
     _, position = truth.unique(return_inverse=True)
     return float((torch.bincount(position, weights=hits.double()) / torch.bincount(position)).mean())
+
+
+# By the name that a manifest gives: from answers and targets, as `Outcome` holds them, to the value.
+METRICS: dict[str, Callable[[Array, Array], float]] = {"top1": top1, "mean_per_class": mean_per_class_accuracy}
 
 
 def _hits(predictions: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Whole evaluations on a frozen encoder: from the encoder and two sources to a manifest."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -18,12 +18,13 @@ from simclr_scale.evaluation.augmented import (
     augmented_probe,
     check_augmented_settings,
 )
-from simclr_scale.evaluation.features import Transform, source_features
-from simclr_scale.evaluation.few_labels import LabelBudget, LabelSelection, check_choice, select_labels
+from simclr_scale.evaluation.features import Transform
+from simclr_scale.evaluation.few_labels import check_choice
 from simclr_scale.evaluation.knn import check_knn_settings, knn_classify_each
 from simclr_scale.evaluation.linear import L2_VALUES, LinearProbe, check_linear_settings, linear_probe
-from simclr_scale.evaluation.manifest import DatasetRecord, EncoderRecord, Manifest
+from simclr_scale.evaluation.manifest import EncoderRecord, Manifest
 from simclr_scale.evaluation.metrics import top1
+from simclr_scale.evaluation.pairs import Chosen, LabelledPair
 from simclr_scale.evaluation.probes import (
     EPOCHS,
     LEARNING_RATES,
@@ -89,8 +90,8 @@ def evaluate_knn(
     """
     check_knn_settings(k, temperature)
     ks = (k,) if isinstance(k, int) else tuple(k)
-    chosen = _Chosen.of(train_source, labels, seeds, seed, label_selection)
-    pair = _LabelledPair.of(train_source, test_source, chosen.union(), allow_missing_classes)
+    chosen = Chosen.of(train_source, labels, seeds, seed, label_selection)
+    pair = LabelledPair.of(train_source, test_source, chosen.union(), allow_missing_classes)
     labelled = min(len(pair.rows(selection)) for selection in chosen.selections)
     if max(ks) > labelled:
         raise InputError(
@@ -99,6 +100,7 @@ def evaluate_knn(
         )
     pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device, cache)
     by_k: dict[int, list[float]] = {number: [] for number in ks}
+    answers: list[np.ndarray] = []
     fewest = len(train)
     with show_progress("nearest neighbours", len(chosen.selections) * len(test), "images") as progress:
         for number, selection in enumerate(chosen.selections):
@@ -115,6 +117,7 @@ def evaluate_knn(
             fewest = min(fewest, len(rows))
             for one, prediction in zip(ks, predictions, strict=True):
                 by_k[one].append(top1(prediction, pair.test_labels))
+            answers.append(predictions[0].numpy())
     details: dict[str, Any] = {"num_features": train.shape[1], "neighbors": min(ks[0], fewest)}
     if len(ks) > 1:
         details["top1_by_k"] = {str(one): each[0] if len(each) == 1 else each for one, each in by_k.items()}
@@ -125,6 +128,7 @@ def evaluate_knn(
         chosen=chosen,
         settings={"k": ks[0], "temperature": temperature, "similarity": "cosine"},
         details=details,
+        answers=answers,
         warnings=(f"k is {max(ks)}, but only {fewest:,} training images can be read: all of them vote",)
         if max(ks) > fewest
         else (),
@@ -247,13 +251,14 @@ def evaluate_linear(
             progress=progress,
         )
 
-    chosen = _Chosen.of(train_source, labels, seeds, seed, label_selection)
-    pair = _LabelledPair.of(train_source, test_source, chosen.union(), allow_missing_classes)
+    chosen = Chosen.of(train_source, labels, seeds, seed, label_selection)
+    pair = LabelledPair.of(train_source, test_source, chosen.union(), allow_missing_classes)
     if chosen_by_validation:
         wanted = "l2" if method == "lbfgs" else "one of learning_rates and weight_decays"
         check_choice(chosen.selections, train_source.labels, wanted)
     pair, train, test = pair.features(encoder, transform, batch_size, num_workers, device, cache)
     values: list[float] = []
+    answers: list[np.ndarray] = []
     details: list[dict[str, Any]] = []
     warnings: list[str] = []
     stage = {"lbfgs": "logistic regression", "grid": "grid of probes", "sgd": "linear classifier by SGD"}[method]
@@ -262,7 +267,8 @@ def evaluate_linear(
         for number, selection in enumerate(chosen.selections):
             rows = pair.rows(selection)
             probe = fit(rows, selection.seed, _from(number * fits, progress))
-            values.append(probe.accuracy(test, pair.test_labels))
+            answers.append(probe.predict(test).numpy())
+            values.append(top1(answers[-1], pair.test_labels))
             details.append(_fit_details(probe))
             where = f"seed {selection.seed}: " if draws > 1 else ""
             warnings += [where + warning for warning in getattr(probe, "warnings", ())]
@@ -273,6 +279,7 @@ def evaluate_linear(
         chosen=chosen,
         settings=settings,
         details={"num_features": train.shape[1]} | (details[0] if draws == 1 else {"fits": details}),
+        answers=answers,
         warnings=tuple(warnings),
     )
 
@@ -294,200 +301,3 @@ def _fit_details(probe: LinearProbe | GridProbe | AugmentedProbe) -> dict[str, A
 
 def _from(done_before: int, progress: Callable[[int], None]) -> Callable[[int], None]:
     return lambda done: progress(done_before + done)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Which labels of the training images are used, once for each value of the manifest."""
-
-    budget: LabelBudget
-    selections: tuple[LabelSelection, ...]
-    description: str
-
-    @classmethod
-    def of(cls, source: Source, labels: str | float, seeds: int | None, seed: int, description: str) -> "_Chosen":
-        """Raises InputError for a budget that is none, or that the labels of `source` do not meet."""
-        budget = LabelBudget.parse(labels)
-        draws = budget.seeds(seeds, seed)
-        if not budget.is_all:
-            _labelled(source, "train")
-        selections, selected = select_labels(source, budget, draws)
-        return cls(budget, tuple(selections), description if budget.is_all else selected)
-
-    def union(self) -> np.ndarray | None:
-        """The images whose features are needed, ascending; None for all that have a label."""
-        if self.budget.is_all:
-            return None
-        return np.unique(np.concatenate([selection.indices for selection in self.selections]))
-
-
-@dataclass(frozen=True)
-class _LabelledPair:
-    """The labelled images of two sources, with labels that mean the same in both."""
-
-    train_source: Source
-    test_source: Source
-    train_indices: np.ndarray
-    test_indices: np.ndarray
-    train_labels: np.ndarray
-    test_labels: np.ndarray
-    warnings: tuple[str, ...]
-    train_unreadable: Mapping[int, str] = field(default_factory=dict)
-    test_unreadable: Mapping[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        train_source: Source,
-        test_source: Source,
-        train_indices: np.ndarray | None = None,
-        allow_missing_classes: bool = False,
-    ) -> "_LabelledPair":
-        """Of the training images only those at `train_indices`, where given, which have labels.
-
-        Raises InputError where there is nothing to learn from or to be judged by, or a class is missing there.
-        """
-        if train_indices is None:
-            train_indices = _labelled(train_source, "train")
-        test_indices = _labelled(test_source, "test")
-        train_labels = train_source.labels[train_indices]
-        test_labels = _renumbered(test_source, train_source.classes)[test_indices]
-        known = np.unique(train_labels)
-        if len(known) < 2:
-            raise InputError(
-                f"{train_source.name}: its training labels are all of class {train_source.classes[known[0]]!r}; "
-                "a classifier needs at least two classes"
-            )
-        unseen = ~np.isin(test_labels, known)
-        if unseen.all():
-            raise InputError(
-                f"{test_source.name}: none of its classes ({_some(test_source.classes)}) has a training image "
-                f"in {train_source.name} ({_some(train_source.classes)})"
-            )
-        warnings: tuple[str, ...] = ()
-        if unseen.any():
-            names = [test_source.classes[label] for label in np.unique(test_source.labels[test_indices][unseen])]
-            warnings += (
-                f"{int(unseen.sum()):,} of {len(test_labels):,} test images count as errors: "
-                f"their classes have no training image ({_some(names)})",
-            )
-        untested = ~np.isin(train_labels, test_labels)
-        if untested.any():
-            names = [train_source.classes[label] for label in np.unique(train_labels[untested])]
-            warnings += (
-                f"{int(untested.sum()):,} of {len(train_labels):,} training images are of classes "
-                f"that have no test image ({_some(names)})",
-            )
-        if warnings and not allow_missing_classes:
-            raise InputError(
-                f"{test_source.name}: {'; '.join(warnings)}; wanted the same classes in both parts, "
-                "or allow_missing_classes to go on like that"
-            )
-        return cls(train_source, test_source, train_indices, test_indices, train_labels, test_labels, warnings)
-
-    def features(
-        self,
-        encoder: nn.Module,
-        transform: Transform,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device | str | None,
-        cache: str | os.PathLike[str] | None = None,
-    ) -> tuple["_LabelledPair", torch.Tensor, torch.Tensor]:
-        """The pair of images that can be read, (N, D) of the training and (M, D) of the test images, as its labels."""
-
-        def of(source: Source, indices: np.ndarray, part: str) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
-            unreadable: dict[int, str] = {}
-            with show_progress(f"features, {part}", len(indices), "images") as progress:
-                features, _, read = source_features(
-                    encoder,
-                    source,
-                    transform,
-                    indices=indices,
-                    batch_size=batch_size,
-                    num_workers=num_workers,
-                    device=device,
-                    progress=progress,
-                    unreadable=unreadable,
-                    cache=cache,
-                )
-            return features, np.isin(indices, read.numpy()), unreadable
-
-        train, train_read, train_unreadable = of(self.train_source, self.train_indices, "train")
-        test, test_read, test_unreadable = of(self.test_source, self.test_indices, "test")
-        readable = replace(
-            self,
-            train_indices=self.train_indices[train_read],
-            test_indices=self.test_indices[test_read],
-            train_labels=self.train_labels[train_read],
-            test_labels=self.test_labels[test_read],
-            warnings=self.warnings
-            + _left_out(train_unreadable, len(train_read), "training")
-            + _left_out(test_unreadable, len(test_read), "test"),
-            train_unreadable=train_unreadable,
-            test_unreadable=test_unreadable,
-        )
-        return readable, train, test
-
-    def rows(self, selection: LabelSelection) -> np.ndarray:
-        """Which rows of the training features are of the images of `selection`."""
-        return np.flatnonzero(np.isin(self.train_indices, selection.indices))
-
-    def manifest(
-        self,
-        *,
-        task: str,
-        values: tuple[float, ...],
-        encoder: EncoderRecord,
-        chosen: _Chosen,
-        settings: Mapping[str, Any],
-        details: Mapping[str, Any],
-        warnings: tuple[str, ...] = (),
-    ) -> Manifest:
-        """The record of top-1 on this pair, once for each choice of labels."""
-        train = DatasetRecord.of(self.train_source, self.train_unreadable)
-        if not chosen.budget.is_all:
-            train = replace(train, images=max(len(self.rows(selection)) for selection in chosen.selections))
-            selections = [selection.record(self.train_source) for selection in chosen.selections]
-            settings = {
-                **settings,
-                "labels": str(chosen.budget),
-                "seeds": [choice.seed for choice in chosen.selections],
-            }
-            details = {**details, "chosen": selections}
-        return Manifest(
-            task=task,
-            metric="top1",
-            values=values,
-            train=train,
-            test=DatasetRecord.of(self.test_source, self.test_unreadable),
-            label_selection=chosen.description,
-            encoder=encoder,
-            settings=settings,
-            details=details,
-            warnings=self.warnings + warnings,
-        )
-
-
-def _left_out(unreadable: Mapping[int, str], images: int, part: str) -> tuple[str, ...]:
-    if not unreadable:
-        return ()
-    first = unreadable[min(unreadable)]
-    return (f"{len(unreadable):,} of {images:,} {part} images cannot be read and are left out; the first: {first}",)
-
-
-def _labelled(source: Source, part: str) -> np.ndarray:
-    indices = np.flatnonzero(source.labels >= 0)
-    if not len(indices):
-        raise InputError(f"{source.name}: no image of the {part} part has a label, and evaluation needs labels")
-    return indices
-
-
-def _renumbered(source: Source, classes: tuple[str, ...]) -> np.ndarray:
-    """Labels of `source` as positions in `classes`, by name; the names that `classes` lacks come after its end."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys((*classes, *source.classes)))}
-    return np.array([numbers[name] for name in source.classes])[source.labels]
-
-
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import (
+    METRICS,
     Manifest,
     encoder_fingerprint,
     evaluate_knn,
@@ -78,6 +79,19 @@ def test_of_several_k_the_first_is_the_result_and_the_others_stand_beside_it(
     capsys.readouterr()
     manifest.print_table()
     assert f"48: {one[48]:.4g}, 1: {one[1]:.4g}" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_the_answers_behind_the_values_come_with_them(evaluate: Evaluation) -> None:
+    settings = {"k": (5, 1)} if evaluate is evaluate_knn else {"l2": 1e-3}
+    manifest = evaluate(small_encoder(), to_tensor, MUDDLED[0], TEST, labels="5-shot", **settings)
+    outcome = manifest.outcome
+    assert outcome is not None
+    assert outcome.indices.tolist() == np.flatnonzero(TEST.labels >= 0).tolist()
+    assert outcome.targets.tolist() == TEST.labels[TEST.labels >= 0].tolist()
+    assert len({values.tobytes() for values in outcome.answers}) > 1
+    assert manifest.values == tuple(METRICS[manifest.metric](answers, outcome.targets) for answers in outcome.answers)
+    assert "outcome" not in manifest.as_dict()
 
 
 def test_fewer_readable_images_than_k_all_vote_and_that_is_said() -> None:
