@@ -24,25 +24,34 @@ from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, requ
 from simclr_scale.evaluation.metrics import METRICS, mean_per_class_accuracy, top1
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
+from simclr_scale.evaluation.scorecard import Contestant, Evaluated, Scorecard, Task
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
+from simclr_scale.evaluation.uncertainty import Comparison, Interval, bootstrap_interval, permutation_test
 
 __all__ = [
     "METRICS",
     "AugmentedProbe",
+    "Comparison",
+    "Contestant",
+    "Evaluated",
     "FewLabelScore",
     "GridProbe",
     "HealthReport",
     "ImageDataset",
+    "Interval",
     "LabelBudget",
     "LabelSelection",
     "LinearProbe",
     "Manifest",
     "Outcome",
     "ProbeSetting",
+    "Scorecard",
+    "Task",
     "TrainedProbes",
     "alignment",
     "alpha_req",
     "augmented_probe",
+    "bootstrap_interval",
     "collapse_warnings",
     "encoder_fingerprint",
     "evaluate_health",
@@ -58,6 +67,7 @@ __all__ = [
     "knn_neighbors",
     "linear_probe",
     "mean_per_class_accuracy",
+    "permutation_test",
     "probe_grid",
     "rankme",
     "require_new_file",
