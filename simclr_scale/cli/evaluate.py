@@ -8,6 +8,7 @@ from torch import nn
 
 from simclr_scale.bundle import BASELINES, ImageTransform, baseline, load_encoder
 from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.pixels import channels_of, measure_value_range, size_of
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.sources.arrays import ChannelAxis
@@ -199,7 +200,7 @@ def _evaluate(
         raise InputError(f"--batch_size must be at least 1, got {batch_size}")
     LabelBudget.parse(settings["labels"]).seeds(settings["seeds"], settings["seed"])  # before anything is opened
     encoder, transform, train, test = _open(spec, data)
-    with killed_workers_explained():
+    with launched_ranks() as ranks, killed_workers_explained():
         manifest = evaluate(
             encoder,
             transform,
@@ -211,6 +212,8 @@ def _evaluate(
             spec=spec,
             **settings,
         )
+    if ranks.rank:
+        return
     manifest.print_table()
     if output is not None:
         manifest.write(output)

@@ -4,10 +4,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from simclr_scale.distributed import world
+
 
 @contextmanager
 def show_progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function to be told how much of `total` is done. Writes to standard error: results go to the other."""
+    """Yields a function to be told how much of `total` is done. Writes to standard error: results go to the other.
+
+    Only the first of several ranks writes.
+    """
+    if world().rank:
+        yield lambda _done: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +197,10 @@ class _Kept:
             return None
         try:
             record = json.loads(self._manifest.read_text(encoding="utf-8"))
-            with np.load(self._answers, allow_pickle=False) as arrays:
+            with self._answers.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 answers = tuple(arrays["answers"])
                 return Evaluated(record, Outcome(arrays["indices"], arrays["targets"], answers))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{self._manifest} or its .npz cannot be read ({error}): delete both") from error
 
     def write(self, manifest: Manifest, outcome: Outcome) -> None:

@@ -51,10 +51,11 @@ def run_command(capture: pytest.CaptureFixture[str], *arguments: object) -> Outc
     return Outcome(status, *capture.readouterr())
 
 
-def start_command(*arguments: object, cwd: Path, **environment: str) -> Outcome:
-    """``python -m simclr_scale`` in a process of its own."""
+def start_command(*arguments: object, cwd: Path, ranks: int = 1, **environment: str) -> Outcome:
+    """``python -m simclr_scale`` in a process of its own, or in as many as `ranks` by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", "simclr_scale", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", "simclr_scale", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
         capture_output=True,
