@@ -50,7 +50,8 @@ def load_encoder(spec: str | os.PathLike[str]) -> tuple[nn.Module, ImageTransfor
 
             - ``timm:NAME``: timm's architecture with timm's pretrained weights, downloaded where they are not cached;
             - ``hf-hub:ID``: a model in timm's format on the Hugging Face hub;
-            - ``random:NAME``: seeded random weights;
+            - ``random:NAME``: seeded random weights; ``random:PATH`` of a run, bundle or checkpoint: the same
+              architecture and transform without its training;
             - ``pixels:SIZE``: raw pixels at SIZE px, ``histogram:BINS``: a joint colour histogram; the baselines.
 
     Returns:
@@ -179,10 +180,19 @@ def _timm_transform(encoder: nn.Module) -> ImageTransform:
 
 
 def _random(name: str) -> tuple[nn.Module, ImageTransform]:
+    path = Path(name).expanduser()
+    if path.exists():
+        trained, transform = _from_path(path)
+        architecture: Any = trained.architecture
+        return _seeded(architecture.name, in_chans=architecture.in_chans, **architecture.kwargs), transform
+    encoder = _seeded(name)
+    return encoder, _timm_transform(encoder)
+
+
+def _seeded(name: str, **arguments: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_RANDOM_SEED)  # torch.manual_seed would seed the GPUs' too
-        encoder = create_encoder(name)
-    return encoder, _timm_transform(encoder)
+        return create_encoder(name, **arguments)
 
 
 def _pixels(size: str) -> tuple[nn.Module, ImageTransform]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from simclr_scale.bundle import BUNDLE_KEY, encoder_config, load_encoder
+from simclr_scale.bundle import BUNDLE_KEY, ImageTransform, encoder_config, load_encoder, save_encoder
 from simclr_scale.bundle.loading import read_checkpoint
 from simclr_scale.errors import InputError
 from simclr_scale.models import create_encoder
@@ -307,6 +307,20 @@ def test_loading_a_bundle_leaves_torchs_generator_alone(original: Path) -> None:
     before = torch.get_rng_state()
     load_encoder(original)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_of_a_bundle_is_its_architecture_and_transform_untrained(tmp_path: Path) -> None:
+    encoder = create_encoder("simclr_resnet_tiny", in_chans=4, channels=(4, 6, 8))
+    transform = ImageTransform((4, 20, 20), crop_pct=0.9, value_range=((0.0, 9.0),))
+    bundle = save_encoder(encoder, transform, tmp_path / "bundle")
+    (first, its_transform), (second, _) = (load_encoder(f"random:{bundle}") for _ in range(2))
+    assert its_transform == transform
+    assert first.architecture == encoder.architecture
+    trained = encoder.state_dict()
+    for key, value in first.state_dict().items():
+        assert value.shape == trained[key].shape
+        assert torch.equal(value, second.state_dict()[key])
+    assert not torch.equal(next(first.parameters()), next(encoder.parameters()))
 
 
 def test_random_takes_the_transform_that_timm_has_for_the_name() -> None:
