@@ -28,6 +28,7 @@ COMMANDS = {
     "prepare": Command("prepare", "main", "pack a data set once, so that training reads it fast"),
     "knn": Command("evaluate", "knn", "score an encoder by its nearest neighbours"),
     "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
+    "transfer": Command("transfer", "main", "score encoders on many data sets, each by its own metric"),
     "health": Command("health", "main", "judge an encoder without labels: rank, spectrum, alignment, uniformity"),
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),

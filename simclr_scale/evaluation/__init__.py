@@ -22,9 +22,14 @@ from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_nei
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
 from simclr_scale.evaluation.metrics import METRICS, mean_per_class_accuracy, top1
+from simclr_scale.evaluation.multilabel import MultiLabelProbe, multilabel_probe
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
+from simclr_scale.evaluation.ranking import mean_auc, voc2007_map
+from simclr_scale.evaluation.suites import Suite, SuiteEntry, load_suite
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
+from simclr_scale.evaluation.transfer import TransferResult, evaluate_transfer
+from simclr_scale.evaluation.transfer_report import TransferReport
 
 __all__ = [
     "METRICS",
@@ -37,9 +42,14 @@ __all__ = [
     "LabelSelection",
     "LinearProbe",
     "Manifest",
+    "MultiLabelProbe",
     "Outcome",
     "ProbeSetting",
+    "Suite",
+    "SuiteEntry",
     "TrainedProbes",
+    "TransferReport",
+    "TransferResult",
     "alignment",
     "alpha_req",
     "augmented_probe",
@@ -48,6 +58,7 @@ __all__ = [
     "evaluate_health",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_transfer",
     "extract_features",
     "few_label_knn",
     "few_label_linear",
@@ -57,7 +68,10 @@ __all__ = [
     "knn_classify_each",
     "knn_neighbors",
     "linear_probe",
+    "load_suite",
+    "mean_auc",
     "mean_per_class_accuracy",
+    "multilabel_probe",
     "probe_grid",
     "rankme",
     "require_new_file",
@@ -66,4 +80,5 @@ __all__ = [
     "top1",
     "train_probes",
     "uniformity",
+    "voc2007_map",
 ]
