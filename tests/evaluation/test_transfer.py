@@ -312,6 +312,18 @@ def test_two_ranks_give_the_digits_of_one(cached: bool, gloo: GlooPool, tmp_path
     assert gloo(2, _values, str(tmp_path), str(tmp_path / "cache") if cached else None) == [alone, alone]
 
 
+@pytest.mark.slow
+def test_real_sets_of_folders_by_the_shipped_example(real_data: Path) -> None:
+    """Chest X-rays without splits, clothing with train/ and test/: more labels are better, and beat chance."""
+    results = evaluate_transfer(
+        *load_encoder("pixels:8"), "local_example", root=real_data, labels=("1-shot", "10-shot"), l2_values=(1e-3, 0.1)
+    )
+    means = {(r.entry.name, r.labels): r.manifest.mean for r in results if r.manifest}
+    assert len(means) == 4
+    for name, chance in (("Chest X-rays", 0.5), ("Clothing", 0.1)):
+        assert chance < means[name, "1-shot"] < means[name, "10-shot"]
+
+
 def mistake(entries: list[SuiteEntry], root: Path, **settings: Any) -> str:
     def never(*_: Any) -> None:
         raise AssertionError("an image was read")

@@ -121,6 +121,22 @@ def test_dead_addresses_of_birdsnap_are_left_out_and_counted(tmp_path: Path) -> 
     assert train.split_description == "train split, without 1 of the 15 train images that are not on disk"
 
 
+def test_an_image_that_is_listed_twice_comes_once_and_that_is_said(tmp_path: Path) -> None:
+    expected = miniatures.dtd(tmp_path)["train"]
+    path = tmp_path / "dtd/labels/train1.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[3], lines[0], lines[3]]))
+    train = open_source("archive/dtd", root=tmp_path)
+    assert (len(train), found(train)) == (12, expected)
+    assert train.split_description == "train split, 3 of its entries being repetitions of an image"
+    miniatures.voc2007(tmp_path)
+    ids = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main/val.txt"
+    before = open_source("archive/voc2007", root=tmp_path, split="val")
+    ids.write_text(ids.read_text() + ids.read_text().splitlines()[4])
+    after = open_source("archive/voc2007", root=tmp_path, split="val")
+    np.testing.assert_array_equal(targets_of(before), targets_of(after))
+
+
 @pytest.mark.parametrize("name", [*ARCHIVES])
 def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(NotOnDisk, match=rf"archive/{name}: there is no .* below {tmp_path}$"):
@@ -168,7 +184,12 @@ def test_the_test_images_of_voc_come_in_an_archive_of_their_own(tmp_path: Path) 
         ("aircraft", "fgvc-aircraft-2013b/data/images_variant_train.txt", "1\n", "entry 1 has 1 fields, wanted 2"),
         ("pets", "pets/annotations/trainval.txt", "a_1 x 1 1\n", "trainval.txt: 'x', wanted a whole number"),
         ("pets", "pets/annotations/trainval.txt", "a_1 9 1 1\n", "breeds are numbered"),
-        ("dtd", "dtd/labels/train1.txt", "woven/a.jpg\nwoven/a.jpg\n", "images/woven/a.jpg is twice"),
+        (
+            "birdsnap",
+            "birdsnap/images.txt",
+            "path\tspecies_id\nA/1.jpg\t1\nA/1.jpg\t3\n",
+            "download/images/A/1.jpg is in the list of its train images with two classes",
+        ),
         ("cars", "cars/devkit/cars_train_annos.mat", "no mat", "cars_train_annos.mat: not a readable MATLAB file"),
         ("flowers102", "flowers102/imagelabels.mat", "no mat", "imagelabels.mat: not a readable MATLAB file"),
     ],

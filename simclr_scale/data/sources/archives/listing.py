@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -39,10 +38,10 @@ class MultiLabelSource(FolderSource):
 
 
 def to_source(name: str, folder: str, listing: Listing, split: str, channels: int) -> FolderSource:
-    """The images of a listing that lie on disk, in the order of their paths.
+    """The images of a listing that lie on disk, each once, in the order of their paths.
 
     Raises:
-        InputError: the listing is empty, names an image twice or a class that there is not.
+        InputError: the listing is empty, gives an image two classes, or names a class that there is not.
         NotOnDisk: images are missing, and the archive should hold them all.
     """
     order = sorted(range(len(listing.images)), key=lambda index: listing.images[index][0])
@@ -50,14 +49,21 @@ def to_source(name: str, folder: str, listing: Listing, split: str, channels: in
     labels = np.array([listing.images[index][1] for index in order], dtype=np.int64)
     if not files:
         raise InputError(f"{name}: the list of its {split} images in {folder} is empty")
-    twice = next((a for a, b in pairwise(files) if a == b), None)
-    if twice is not None:
-        raise InputError(f"{name}: {twice} is twice in the list of its {split} images")
+    description = f"{split} split"
+    again = [index for index in range(1, len(files)) if files[index] == files[index - 1]]
+    for index in again:
+        if labels[index] != labels[index - 1]:
+            raise InputError(f"{name}: {files[index]} is in the list of its {split} images with two classes")
+    if again:
+        repeated = set(again)
+        description += f", {len(again):,} of its entries being repetitions of an image"
+        files = [file for index, file in enumerate(files) if index not in repeated]
+        labels = np.delete(labels, again)
+        order = [place for index, place in enumerate(order) if index not in repeated]
     if labels.min() < -1 or labels.max() >= len(listing.classes):
         bad = int(np.flatnonzero((labels < -1) | (labels >= len(listing.classes)))[0])
         raise InputError(f"{name}: {files[bad]} is of class {labels[bad] + 1}, and there are {len(listing.classes)}")
     there = np.array([os.path.isfile(os.path.join(folder, file)) for file in files])
-    description = f"{split} split"
     if not there.all():
         missing = f"{int((~there).sum()):,} of the {len(files):,} {split} images"
         if not listing.may_lack_images or not there.any():
