@@ -22,10 +22,15 @@ from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_nei
 from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
 from simclr_scale.evaluation.metrics import METRICS, mean_per_class_accuracy, top1
+from simclr_scale.evaluation.multilabel import MultiLabelProbe, multilabel_probe
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
+from simclr_scale.evaluation.ranking import mean_auc, voc2007_map
 from simclr_scale.evaluation.scorecard import Contestant, Evaluated, Scorecard, Task
+from simclr_scale.evaluation.suites import Suite, SuiteEntry, load_suite
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
+from simclr_scale.evaluation.transfer import TransferResult, evaluate_transfer
+from simclr_scale.evaluation.transfer_report import TransferReport
 from simclr_scale.evaluation.uncertainty import Comparison, Interval, bootstrap_interval, permutation_test
 
 __all__ = [
@@ -43,11 +48,16 @@ __all__ = [
     "LabelSelection",
     "LinearProbe",
     "Manifest",
+    "MultiLabelProbe",
     "Outcome",
     "ProbeSetting",
     "Scorecard",
+    "Suite",
+    "SuiteEntry",
     "Task",
     "TrainedProbes",
+    "TransferReport",
+    "TransferResult",
     "alignment",
     "alpha_req",
     "augmented_probe",
@@ -57,6 +67,7 @@ __all__ = [
     "evaluate_health",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_transfer",
     "extract_features",
     "few_label_knn",
     "few_label_linear",
@@ -66,7 +77,10 @@ __all__ = [
     "knn_classify_each",
     "knn_neighbors",
     "linear_probe",
+    "load_suite",
+    "mean_auc",
     "mean_per_class_accuracy",
+    "multilabel_probe",
     "permutation_test",
     "probe_grid",
     "rankme",
@@ -76,4 +90,5 @@ __all__ = [
     "top1",
     "train_probes",
     "uniformity",
+    "voc2007_map",
 ]

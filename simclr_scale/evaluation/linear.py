@@ -8,7 +8,6 @@ so scikit-learn's `C` is 1 / (n l2). It is convex: the answer does not depend on
 scikit-learn fits the difference w = W_1 - W_0 alone; the same classifier then has C = 2 / (n l2).)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,21 +18,17 @@ from simclr_scale.data.splits import stratified_split
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.arrays import Array, as_features, as_labels
 from simclr_scale.evaluation.classifier import LinearClassifier
-from simclr_scale.evaluation.logistic import Fit, LogisticRegression
-from simclr_scale.evaluation.metrics import top1
-
-# Chen et al. 2020, appendix B.8: 45 logarithmically spaced values between 1e-6 and 1e5.
-L2_VALUES = tuple(float(value) for value in np.logspace(-6, 5, 45))
-
-
-@dataclass(frozen=True)
-class ValidationScore:
-    """How one strength of regularisation did on the validation part of the training images."""
-
-    l2: float
-    accuracy: float
-    iterations: int
-    converged: bool
+from simclr_scale.evaluation.logistic import LogisticRegression
+from simclr_scale.evaluation.metrics import METRICS, check_metric
+from simclr_scale.evaluation.strength import (
+    L2_VALUES,
+    ValidationScore,
+    as_mask,
+    best_strength,
+    check_linear_settings,
+    strength_warnings,
+    try_strengths,
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +58,15 @@ def linear_probe(
     validation_fraction: float = 0.2,
     seed: int = 0,
     max_iterations: int = 5000,
+    metric: str = "top1",
+    validation_rows: np.ndarray | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> LinearProbe:
     """Fits a linear classifier to frozen features and scores it once on the test features, where they are given.
 
     With `l2` there is one fit. Without it, the strength is chosen without the test images (Chen et al. 2020, appendix
     B.8): each of `l2_values` is fitted to a part of the training images, from the strongest to the weakest, each from
-    the solution before; the one with the best top-1 on the other part wins, the strongest among equals; and it is
+    the solution before; the one with the best `metric` on the other part wins, the strongest among equals; and it is
     fitted anew to all training images.
 
     Args:
@@ -82,6 +79,9 @@ def linear_probe(
         validation_fraction: the share of every class that the choice is made on.
         seed: of the draw of that share.
         max_iterations: of L-BFGS, in each fit; a fit that needs more is reported in `converged` and `warnings`.
+        metric: that the choice goes by, a name of `METRICS`; the test accuracy is top-1 whatever it is.
+        validation_rows: the training images that the choice is made on, (V,) row numbers, where the data set says which
+            they are; instead of the drawn share.
         progress: is told how many fits are done; there are `len(l2_values) + 1`, or 1 with `l2`.
 
     Raises:
@@ -89,6 +89,7 @@ def linear_probe(
             classes, a strength is not above 0, or no class has the two images that choosing a strength takes.
     """
     check_linear_settings(l2, l2_values, validation_fraction, max_iterations)
+    check_metric(metric)
     features = as_features(train_features, "train_features", torch.float64)
     labels = as_labels(train_labels, "train_labels", rows=len(features))
     classes, targets = labels.unique(return_inverse=True)
@@ -99,8 +100,12 @@ def linear_probe(
     report = progress or (lambda _done: None)
     validation: tuple[ValidationScore, ...] = ()
     if l2 is None:
-        validation = _validate(features, targets, l2_values, validation_fraction, seed, max_iterations, report)
-        l2 = max(validation, key=lambda score: (score.accuracy, score.l2)).l2
+        if validation_rows is None:
+            held_out = _held_out(targets, validation_fraction, seed)
+        else:
+            held_out = as_mask(validation_rows, len(targets))
+        validation = _validate(features, targets, classes, held_out, l2_values, metric, max_iterations, report)
+        l2 = best_strength(validation)
     fit = LogisticRegression(features, targets, len(classes)).fit(l2, max_iterations=max_iterations)
     report(len(validation) + 1)
 
@@ -113,62 +118,41 @@ def linear_probe(
         iterations=fit.iterations,
         converged=fit.converged,
         validation=validation,
-        warnings=_warnings(fit, l2, validation, max_iterations),
+        warnings=strength_warnings(fit, l2, validation, max_iterations),
     )
     if test_features is None or test_labels is None:
         return probe
     return replace(probe, test_accuracy=probe.accuracy(test_features, test_labels))
 
 
-def check_linear_settings(
-    l2: float | None, l2_values: tuple[float, ...], validation_fraction: float, max_iterations: int
-) -> None:
-    """Raises InputError for settings out of range; for a command to call before it computes features."""
-    if l2 is None and not l2_values:
-        raise InputError("l2_values: none given to choose from")
-    for value in l2_values if l2 is None else (l2,):
-        if not 0 < value < math.inf:
-            raise InputError(f"l2: {value}, wanted a finite number above 0")
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction: {validation_fraction}, wanted between 0 and 1")
-    if max_iterations < 1:
-        raise InputError(f"max_iterations: {max_iterations}, wanted at least 1")
-
-
 def _validate(
     features: torch.Tensor,
     targets: torch.Tensor,
+    classes: torch.Tensor,
+    held_out: torch.Tensor,
     l2_values: tuple[float, ...],
-    fraction: float,
-    seed: int,
+    metric: str,
     max_iterations: int,
     report: Callable[[int], object],
 ) -> tuple[ValidationScore, ...]:
-    kept, held_out = (torch.from_numpy(part) for part in stratified_split(targets.numpy(), 1 - fraction, seed))
-    if not len(held_out):
+    """`held_out`: (N,) bool, the validation images, of classes that the others have too or that count as errors."""
+    kept = ~held_out
+    present = targets[kept].unique()
+    if len(present) < 2:
+        raise InputError("train_labels: without the validation images all are of one class, so l2 cannot be chosen")
+    problem = LogisticRegression(features[kept], torch.searchsorted(present, targets[kept]), len(present))
+
+    def score(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        classifier = LinearClassifier(weight, bias, present)
+        return METRICS[metric](classifier.answers(features[held_out], metric, len(classes)), targets[held_out])
+
+    return try_strengths(problem, l2_values, score, max_iterations, report)
+
+
+def _held_out(targets: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
+    _, rows = stratified_split(targets.numpy(), 1 - fraction, seed)
+    if not len(rows):
         raise InputError("train_labels: one image in each class, none left to choose l2 by; give l2 itself")
-    problem = LogisticRegression(features[kept], targets[kept], int(targets.max()) + 1)
-    scores: list[ValidationScore] = []
-    fit: Fit | None = None
-    for l2 in sorted(l2_values, reverse=True):
-        fit = problem.fit(l2, start=fit, max_iterations=max_iterations)
-        predictions = (features[held_out] @ fit.weight.T + fit.bias).argmax(dim=1)
-        scores.append(ValidationScore(l2, top1(predictions, targets[held_out]), fit.iterations, fit.converged))
-        report(len(scores))
-    return tuple(scores)
-
-
-def _warnings(fit: Fit, l2: float, validation: tuple[ValidationScore, ...], max_iterations: int) -> tuple[str, ...]:
-    warnings = []
-    stopped = [score.l2 for score in validation if not score.converged]
-    if stopped:
-        warnings.append(
-            f"{len(stopped)} of the {len(validation)} fits that chose l2 stopped short of their optimum within "
-            f"{max_iterations} iterations, the first at l2 = {stopped[0]:.2g}"
-        )
-    if not fit.converged:
-        warnings.append(f"the fit stopped short of its optimum after {fit.iterations} iterations")
-    # Beyond the strongest the classifier hardly changes: its weights only shrink.
-    if len(validation) > 1 and l2 == validation[-1].l2:
-        warnings.append(f"the l2 chosen, {l2:.2g}, is the weakest of those tried: a better one may lie below")
-    return tuple(warnings)
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    held_out[torch.from_numpy(rows)] = True
+    return held_out

@@ -1,6 +1,7 @@
-"""Multinomial logistic regression with an L2 penalty, by L-BFGS in coordinates that make it quick.
+"""Logistic regression with an L2 penalty, by L-BFGS in coordinates that make it quick.
 
-The objective is that of `linear.py`: mean cross-entropy + (l2 / 2) ||W||^2, the bias free. Features of deep encoders
+The objective is that of `linear.py`: mean cross-entropy + (l2 / 2) ||W||^2, the bias free; for several labels an image
+(`BinaryRegressions`) one such of two outcomes for each class. Features of deep encoders
 are ill-conditioned: a few directions hold most of the variance, and plain L-BFGS needs thousands of steps at weak
 regularisation. Three changes of variable, each exact, take that away:
 
@@ -35,12 +36,10 @@ class Fit:
     converged: bool
 
 
-class LogisticRegression:
-    """One set of features and classes, prepared once to be fitted at any number of strengths."""
+class _Regression:
+    """Features (n, D) float64 in the coordinates above, prepared once to be fitted at any number of strengths."""
 
-    def __init__(self, features: torch.Tensor, targets: torch.Tensor, num_classes: int) -> None:
-        """features: (n, D) float64; targets: (n,) int64 in 0 .. num_classes - 1."""
-        self._targets_n1 = targets[:, None]
+    def __init__(self, features: torch.Tensor, num_classes: int) -> None:
         self._num_classes = num_classes
         self._mean_D = features.mean(dim=0)
         centred_nD = features - self._mean_D
@@ -80,6 +79,32 @@ class LogisticRegression:
         return Fit(weight, bias, loss=float(result.fun), iterations=int(result.nit), converged=converged)
 
     def _objective(self, parameters_CE: torch.Tensor, penalty_E: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The value and its gradient (C, E)."""
+        raise NotImplementedError
+
+    def _curvature(self, parameters_CE: torch.Tensor) -> torch.Tensor:
+        """Of each class, (C, 1)."""
+        raise NotImplementedError
+
+    def _to_axes(self, fit: Fit | None) -> torch.Tensor:
+        if fit is None:
+            return self._variance_E.new_zeros(self._num_classes, len(self._variance_E))
+        return torch.cat([fit.weight @ self._axes_DD, (fit.bias + fit.weight @ self._mean_D)[:, None]], dim=1)
+
+    def _from_axes(self, parameters_CE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_CD = parameters_CE[:, :-1] @ self._axes_DD.T
+        return weight_CD, parameters_CE[:, -1] - weight_CD @ self._mean_D
+
+
+class LogisticRegression(_Regression):
+    """One set of features and classes, prepared once to be fitted at any number of strengths."""
+
+    def __init__(self, features: torch.Tensor, targets: torch.Tensor, num_classes: int) -> None:
+        """features: (n, D) float64; targets: (n,) int64 in 0 .. num_classes - 1."""
+        super().__init__(features, num_classes)
+        self._targets_n1 = targets[:, None]
+
+    def _objective(self, parameters_CE: torch.Tensor, penalty_E: torch.Tensor) -> tuple[float, torch.Tensor]:
         log_p_nC = (self._coordinates_nE @ parameters_CE.T).log_softmax(dim=1)
         cross_entropy = -log_p_nC.gather(1, self._targets_n1).mean()
         loss = cross_entropy + (penalty_E * parameters_CE.square()).sum() / 2
@@ -92,11 +117,29 @@ class LogisticRegression:
         p_nC = (self._coordinates_nE @ parameters_CE.T).softmax(dim=1)
         return (p_nC * (1 - p_nC)).mean(dim=0).clamp(min=_LEAST_CURVATURE)[:, None]
 
-    def _to_axes(self, fit: Fit | None) -> torch.Tensor:
-        if fit is None:
-            return self._variance_E.new_zeros(self._num_classes, len(self._variance_E))
-        return torch.cat([fit.weight @ self._axes_DD, (fit.bias + fit.weight @ self._mean_D)[:, None]], dim=1)
 
-    def _from_axes(self, parameters_CE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight_CD = parameters_CE[:, :-1] @ self._axes_DD.T
-        return weight_CD, parameters_CE[:, -1] - weight_CD @ self._mean_D
+class BinaryRegressions(_Regression):
+    """C logistic regressions, each of its class against the rest, on one set of features: for several labels an image.
+
+    The objective of class c is the mean of its binary cross-entropies, over the images of which it is said whether they
+    have the class, + (l2 / 2) ||W_c||^2, so scikit-learn's `C` is 1 / (n_c l2). The classes share nothing but the
+    search: the loss of a `Fit` is the sum over classes, whose optimum is that of each.
+    """
+
+    def __init__(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """features: (n, D) float64; targets: (n, C) of 1, 0 and -1 (unsaid), every class said of some image."""
+        super().__init__(features, targets.shape[1])
+        self._positive_nC = (targets == 1).to(features.dtype)
+        said_nC = (targets >= 0).to(features.dtype)
+        self._share_nC = said_nC / said_nC.sum(dim=0)
+
+    def _objective(self, parameters_CE: torch.Tensor, penalty_E: torch.Tensor) -> tuple[float, torch.Tensor]:
+        logits_nC = self._coordinates_nE @ parameters_CE.T
+        losses_nC = torch.nn.functional.softplus(logits_nC) - self._positive_nC * logits_nC
+        loss = (self._share_nC * losses_nC).sum() + (penalty_E * parameters_CE.square()).sum() / 2
+        residual_nC = self._share_nC * (logits_nC.sigmoid() - self._positive_nC)
+        return float(loss), residual_nC.T @ self._coordinates_nE + penalty_E * parameters_CE
+
+    def _curvature(self, parameters_CE: torch.Tensor) -> torch.Tensor:
+        p_nC = (self._coordinates_nE @ parameters_CE.T).sigmoid()
+        return (self._share_nC * p_nC * (1 - p_nC)).sum(dim=0).clamp(min=_LEAST_CURVATURE)[:, None]

@@ -17,6 +17,7 @@ from torch import nn
 
 from simclr_scale import __version__
 from simclr_scale.data.sources import Source
+from simclr_scale.data.sources.base import targets_of
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.outcome import Outcome
 
@@ -45,7 +46,8 @@ class DatasetRecord:
     @classmethod
     def of(cls, source: Source, unreadable: Mapping[int, str] = MappingProxyType({})) -> "DatasetRecord":
         """The labelled images of `source` but the unreadable ones, given by index with the reason."""
-        labelled = int((source.labels >= 0).sum())
+        targets = targets_of(source)
+        labelled = int(((source.labels if targets is None else targets.max(axis=1)) >= 0).sum())
         return cls(
             name=source.name,
             split=source.split_description,
@@ -132,9 +134,9 @@ class Manifest:
     """One evaluation: `metric` of `encoder` on `test`, with the labels of `train`."""
 
     task: str
-    """"knn", "linear"."""
+    """"knn", "linear", "transfer"."""
     metric: str
-    """"top1": a share, between 0 and 1."""
+    """The name in `metrics.METRICS`: a value between 0 and 1."""
     values: tuple[float, ...]
     """The metric, once for each seed."""
     train: DatasetRecord

@@ -1,11 +1,13 @@
-"""Accuracy, as plain functions of predicted and true classes."""
+"""Accuracy, as plain functions of predicted and true classes, and all metrics by name."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.arrays import Array, as_classes, as_labels
+from simclr_scale.evaluation.ranking import mean_auc, voc2007_map
 
 
 def top1(predictions: Array, labels: Array) -> float:
@@ -29,7 +31,24 @@ def mean_per_class_accuracy(predictions: Array, labels: Array) -> float:
 
 
 # By the name that a manifest gives: from answers and targets, as `Outcome` holds them, to the value.
-METRICS: dict[str, Callable[[Array, Array], float]] = {"top1": top1, "mean_per_class": mean_per_class_accuracy}
+METRICS: dict[str, Callable[[Array, Array], float]] = {
+    "top1": top1,
+    "mean_per_class": mean_per_class_accuracy,
+    "voc2007_map": voc2007_map,
+    "mean_auc": mean_auc,
+}
+OF_SCORES = ("voc2007_map", "mean_auc")
+"""Those whose answers are scores (M, C); the others take predicted classes, and so one label an image."""
+
+
+def check_metric(name: str) -> None:
+    """Raises InputError, naming those there are, where there is no metric `name`."""
+    if name not in METRICS:
+        close = get_close_matches(name, METRICS, n=1)
+        raise InputError(
+            f"metric: there is no {name!r}; "
+            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(METRICS)}")
+        )
 
 
 def _hits(predictions: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:

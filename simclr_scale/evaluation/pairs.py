@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from simclr_scale.data.sources import Source
+from simclr_scale.data.sources.base import targets_of
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.features import Transform, source_features
 from simclr_scale.evaluation.few_labels import LabelBudget, LabelSelection, select_labels
@@ -35,6 +36,11 @@ class Chosen:
             _labelled(source, "train")
         selections, selected = select_labels(source, budget, draws)
         return cls(budget, tuple(selections), description if budget.is_all else selected)
+
+    @classmethod
+    def all_of(cls, source: Source, seed: int) -> "Chosen":
+        """Every image, for sources that have several labels an image."""
+        return cls(LabelBudget(), (LabelSelection(np.arange(len(source)), seed),), "all")
 
     def union(self) -> np.ndarray | None:
         """The images whose features are needed, ascending; None for all that have a label."""
@@ -67,8 +73,11 @@ class LabelledPair:
     ) -> "LabelledPair":
         """Of the training images only those at `train_indices`, where given, which have labels.
 
-        Raises InputError where there is nothing to learn from or to be judged by, or a class is missing there.
+        Of several labels an image (`targets_of`), labels are the targets (N, C). Raises InputError where there is
+        nothing to learn from or to be judged by, or a class is missing there.
         """
+        if targets_of(train_source) is not None:
+            return cls._of_targets(train_source, test_source)
         if train_indices is None:
             train_indices = _labelled(train_source, "train")
         test_indices = _labelled(test_source, "test")
@@ -106,6 +115,20 @@ class LabelledPair:
                 "or allow_missing_classes to go on like that"
             )
         return cls(train_source, test_source, train_indices, test_indices, train_labels, test_labels, warnings)
+
+    @classmethod
+    def _of_targets(cls, train_source: Source, test_source: Source) -> "LabelledPair":
+        train, test = targets_of(train_source), targets_of(test_source)
+        assert train is not None
+        if test is None or train_source.classes != test_source.classes:
+            raise InputError(f"{test_source.name}: wanted several labels an image, of the classes in training")
+        for index, name in enumerate(train_source.classes):
+            if set(train[:, index].tolist()) < {0, 1}:
+                raise InputError(
+                    f"{train_source.name}: class {name!r} has not both training images with it and images without it"
+                )
+        train_rows, test_rows = (np.flatnonzero((part >= 0).any(axis=1)) for part in (train, test))
+        return cls(train_source, test_source, train_rows, test_rows, train[train_rows], test[test_rows], ())
 
     def features(
         self,
@@ -203,6 +226,8 @@ def _left_out(unreadable: Mapping[int, str], images: int, part: str) -> tuple[st
 
 def _labelled(source: Source, part: str) -> np.ndarray:
     indices = np.flatnonzero(source.labels >= 0)
+    if not len(indices) and targets_of(source) is not None:
+        raise InputError(f"{source.name}: its images have several labels each, which `simclr-scale transfer` evaluates")
     if not len(indices):
         raise InputError(f"{source.name}: no image of the {part} part has a label, and evaluation needs labels")
     return indices

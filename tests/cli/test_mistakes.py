@@ -83,8 +83,8 @@ OPTIONS = [
     # sources
     (
         "--data.source nowhere",
-        "no such folder; a source is a folder of images or arrays, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, "
-        "patches/FILE or textures",
+        "no such folder; a source is a folder of images or arrays, torch/NAME, archive/NAME, hfds/PATH_OR_ID, "
+        "wds/PATTERN, patches/FILE or textures",
     ),
     ("--data.source empty", "holds no image, nor do folders below it; images end in .jpg"),
     ("--data.source texturs", "no such folder; did you mean textures?"),

@@ -16,7 +16,7 @@ from tests.cli.commands import CHECKOUT, Outcome, start_command
 
 Command = Callable[..., Outcome]
 
-FEWEST_OPTIONS = {"export": 3}
+FEWEST_OPTIONS = {"export": 3, "transfer": 12}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -9,10 +9,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from simclr_scale.data.sources.named_splits import NoSuchPart
 from simclr_scale.data.splits import stratified_split
 from simclr_scale.errors import InputError
 
 HELD_OUT_TRAIN_FRACTION = 0.8
+
+
+class NotOnDisk(InputError):
+    """A data set, or a part of it, is not where it was looked for."""
 
 
 class Source(Protocol):
@@ -31,6 +36,7 @@ class Source(Protocol):
     split_description: str
     """Which part of the data set this is, for the manifest."""
     # Sources may also say `channels`, those of their images; without it they are RGB (`simclr_scale.data.pixels`).
+    # Those with several labels an image have `targets` (`targets_of`), and every one of `labels` is -1.
 
     def __len__(self) -> int: ...
 
@@ -60,6 +66,14 @@ def file_name(source: Source, index: int) -> str:
     return "" if find is None else find(index)
 
 
+def targets_of(source: Source) -> np.ndarray | None:
+    """(N, C) int8 of several labels an image, C the number of classes; None where an image has one label or none.
+
+    1 where the image has the class, 0 where not, -1 where that is unsaid: in Pascal VOC the objects are all difficult.
+    """
+    return getattr(source, "targets", None)
+
+
 class SubsetSource:
     """The images of `source` at `indices` (in that order, each in 0..N-1), as a source of its own."""
 
@@ -70,6 +84,8 @@ class SubsetSource:
         self.classes = source.classes
         self.channels: int = getattr(source, "channels", 3)
         self.labels = source.labels[self.indices]
+        targets = targets_of(source)
+        self.targets = None if targets is None else targets[self.indices]
         self.split_description = split_description or f"{self.indices.size} images of {source.split_description}"
 
     def __len__(self) -> int:
@@ -118,7 +134,7 @@ def held_out_indices(labels: np.ndarray, name: str, split: str, seed: int) -> np
             "labels come from at least two class folders or from a label column"
         )
     if split == "val":
-        raise InputError(f"{name}: has no validation split of its own; train and test can be had")
+        raise NoSuchPart(f"{name}: has no validation split of its own; train and test can be had")
     train, test = (labelled[part] for part in stratified_split(labels[labelled], HELD_OUT_TRAIN_FRACTION, seed))
     if split == "train":
         return np.union1d(train, np.flatnonzero(labels < 0))

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from simclr_scale.data.pixels import channels_of
-from simclr_scale.data.sources.base import Source, digest, encoded_image, file_name
+from simclr_scale.data.sources.base import Source, digest, encoded_image, file_name, targets_of
 from simclr_scale.errors import InputError
 
 
@@ -30,6 +30,10 @@ class JoinedSource:
         self.classes = first.classes
         self.channels = channels_of(first)
         self.labels = np.concatenate([part.labels for part in parts])
+        targets = [part_targets for part in parts if (part_targets := targets_of(part)) is not None]
+        if targets and len(targets) < len(parts):
+            raise InputError(f"{first.name}: some of its parts have several labels an image and some have not")
+        self.targets = np.concatenate(targets) if targets else None
         self.split_description = " and ".join(part.split_description for part in parts)
 
     def __len__(self) -> int:

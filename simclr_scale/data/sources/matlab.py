@@ -1,8 +1,8 @@
 """MATLAB files of version 5 to 7, read as data and with every length checked.
 
 SciPy reads them too, but its compiled reader ends the process by a segmentation fault on some damaged files, as
-corrupting bytes at random showed. The layout is MathWorks' "MAT-File Format", chapter 1. Arrays of numbers, text and
-cells of text are read; of anything else the name and shape are known.
+corrupting bytes at random showed. The layout is MathWorks' "MAT-File Format", chapter 1. Arrays of numbers, text,
+cells and structures of these are read; of anything else the name and shape are known.
 """
 
 import math
@@ -24,7 +24,7 @@ _STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8
 _CLASSES = {
     6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8",
 }  # fmt: skip
-_CELL, _CHAR = 1, 4
+_CELL, _STRUCT, _CHAR = 1, 2, 4
 _ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
 _COMPLEX = 0x08
 # What precedes the numbers of an array: flags, shape and name.
@@ -57,7 +57,8 @@ def list_variables(path: str) -> list[Variable]:
 
 
 def read_variables(path: str, names: Sequence[str]) -> dict[str, Any]:
-    """Some variables: arrays indexed as in MATLAB (rows, columns, ...), text as str, cells as lists of these.
+    """Some variables: arrays indexed as in MATLAB (rows, columns, ...), text as str, cells as lists of these, and
+    structures as lists of dictionaries of these by field.
 
     What else a variable may be is None. Errors as of `list_variables`.
     """
@@ -190,7 +191,7 @@ class _Elements:
         return _Preamble(kind, shape, name.decode("latin-1"), kind in _CLASSES and not options & _COMPLEX)
 
     def matrix(self, in_cell: bool = False) -> Any:
-        """An array, text, a list of them for a cell, or None."""
+        """An array, text, a list of them for a cell, of dictionaries for structures, or None."""
         preamble = self.preamble()
         count = math.prod(preamble.shape)
         if preamble.numeric:
@@ -206,7 +207,21 @@ class _Elements:
             return text.decode(encoding + byte_order if "utf-" in encoding and encoding != "utf-8" else encoding)
         if preamble.kind == _CELL and not in_cell and count <= _MOST_CELLS:
             return [self._cell() for _ in range(count)]
+        if preamble.kind == _STRUCT and not in_cell:
+            return self._structures(count)
         return None
+
+    def _structures(self, count: int) -> list[dict[str, Any]]:
+        """One dictionary for each element of an array of structures."""
+        [length] = self.numbers().tolist()
+        _, text = self.next()
+        if not 0 < length <= _LONGEST_PREAMBLE or len(text) % length:
+            raise ValueError("it is damaged")
+        cells = (text[start : start + length] for start in range(0, len(text), length))
+        fields = [cell.partition(b"\0")[0].decode("latin-1") for cell in cells]
+        if count * len(fields) * 8 > len(self._content):  # each value has a tag of 8 bytes
+            raise ValueError("it is truncated")
+        return [{field: self._cell() for field in fields} for _ in range(count)]
 
     def _cell(self) -> Any:
         kind, content = self.next()

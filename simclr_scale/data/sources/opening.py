@@ -6,8 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
+from simclr_scale.data.sources.archives import open_archive
 from simclr_scale.data.sources.arrays import ChannelAxis
-from simclr_scale.data.sources.base import Source, held_out_part
+from simclr_scale.data.sources.base import NotOnDisk, Source, held_out_part
 from simclr_scale.data.sources.folders import open_folder
 from simclr_scale.data.sources.named_splits import NoSuchPart, SplitRequest
 from simclr_scale.data.sources.packed import ALL, is_packed, open_packed
@@ -17,8 +18,10 @@ from simclr_scale.errors import InputError
 DEFAULT_PATCH_SIZE = 9
 Split = Literal["train", "val", "test"]
 
-_KINDS = "a folder of images or arrays, torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
-_PREFIXES = ("torch/", "hfds/", "wds/", "patches/")
+_KINDS = (
+    "a folder of images or arrays, torch/NAME, archive/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
+)
+_PREFIXES = ("torch/", "archive/", "hfds/", "wds/", "patches/")
 
 
 def open_source(
@@ -43,6 +46,7 @@ def open_source(
     - a folder of images (`open_folder` says how labels and splits are found); `./NAME` where it could be mistaken
     - a folder that `simclr-scale prepare` has packed
     - `torch/NAME`: a data set of torchvision.datasets below `root`; never downloaded
+    - `archive/NAME`: one of `ARCHIVES`, from its archive, unpacked below `root` (`open_archive`)
     - `hfds/PATH_OR_ID`: a folder of parquet files, or a data set of the Hugging Face hub
     - `wds/PATTERN`: WebDataset shards in local files, read by an index (`open_shards`)
     - `patches/FILE`: the patches around the pixels of one scene of many bands (`open_patches`)
@@ -54,7 +58,8 @@ def open_source(
 
     Args:
         spec: the data set.
-        root: where relative folders and `torch/` data sets lie; by default the working directory, for folders.
+        root: where relative folders, `torch/` and `archive/` data sets lie; by default the working directory, but for
+            `torch/`.
         split: the part.
         train_split: the data set's name for its train split.
         test_split: the data set's name for its test split.
@@ -106,8 +111,10 @@ def open_parts(
     test_split: str | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
+    channels: int = 3,
+    arrays: bool = False,
 ) -> dict[str, Source]:
-    """All parts of a data set that is to be packed: "train", "test" and maybe "val"; or "all" where it is not divided.
+    """All parts of a data set, as for packing: "train", "test" and maybe "val"; or "all" where it is not divided.
 
     The arguments are those of `open_source`.
 
@@ -123,7 +130,8 @@ def open_parts(
         raise InputError(f"{spec}: is packed already; for another size, pack its source, as every resize costs detail")
 
     def part(name: str) -> tuple[Source, bool]:
-        return _open(spec, root, SplitRequest(name, train_split, test_split), image_key, label_key)
+        request = SplitRequest(name, train_split, test_split)
+        return _open(spec, root, request, image_key, label_key, channels, arrays)
 
     train, whole = part("train")
     if whole:
@@ -150,6 +158,8 @@ def _open(
         from simclr_scale.data.sources.torchvision_sets import open_torchvision
 
         return open_torchvision(spec, spec.removeprefix("torch/"), root, request, channels)
+    if spec.startswith("archive/"):
+        return open_archive(spec, root, request, channels)
     if spec.startswith("hfds/"):
         from simclr_scale.data.sources.tables import open_table
 
@@ -160,7 +170,7 @@ def _open(
     refuse_stream(spec, spec)
     folder = _in_root(spec, root)
     if not os.path.isdir(folder):
-        raise InputError(_why_no_folder(spec, folder))
+        raise NotOnDisk(_why_no_folder(spec, folder))
     return open_folder(
         spec, folder, request, channels=channels, arrays=arrays, channel_axis=channel_axis, image_key=image_key
     )

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from simclr_scale.data.sources.base import Source, digest, file_size, label_bytes, read_file, sampled_rows
+from simclr_scale.data.sources.base import NotOnDisk, Source, digest, file_size, label_bytes, read_file, sampled_rows
 from simclr_scale.data.sources.decoding import UNREADABLE, to_rgb
 from simclr_scale.data.sources.grey import decode, to_grey
 from simclr_scale.data.sources.named_splits import SplitRequest
@@ -97,7 +97,7 @@ def open_torchvision(
         raise InputError(f"{name}: needs data.root, the folder that holds the files of {dataset_class.__name__}")
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
-        raise InputError(f"{name}: no folder {root} (data.root)")
+        raise NotOnDisk(f"{name}: no folder {root} (data.root)")
     parameters = inspect.signature(dataset_class).parameters
     keywords: dict[str, Any] = {"download": False} if "download" in parameters else {}
     if "loader" in parameters or issubclass(dataset_class, datasets.ImageFolder):
@@ -170,7 +170,7 @@ def _not_found(name: str, dataset_class: type, root: str, keywords: dict[str, An
         )
         call = f"torchvision.datasets.{dataset_class.__name__}({root!r}, {arguments})"
         advice = f"; it is downloaded, if need be, by the Python call {call}"
-    return InputError(f"{name}: not found below {root} ({reason}){advice}")
+    return NotOnDisk(f"{name}: not found below {root} ({reason}){advice}")
 
 
 def _labels(dataset: Any) -> np.ndarray:

@@ -66,7 +66,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, monkeypatch: pytest
         == f"pictuers ({tmp_path / 'pictuers'}): no such folder; did you mean {tmp_path / 'pictures'}?"
     )
     assert "is a file; a source is a folder" in message(str(tmp_path / "pictures" / "a.png"))
-    kinds = "torch/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
+    kinds = "torch/NAME, archive/NAME, hfds/PATH_OR_ID, wds/PATTERN, patches/FILE or textures"
     assert kinds in message(str(tmp_path / "nowhere" / "at" / "all"))
 
 
