@@ -1,6 +1,7 @@
 """``simclr-scale scorecard``: every evaluation of one or several encoders, in one table and one JSON."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from simclr_scale.cli.evaluate import EvaluationData, _device, _open
@@ -10,10 +11,11 @@ from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.health_report import HealthReport, evaluate_health
-from simclr_scale.evaluation.scorecard import DEFAULT_TASKS, Scorecard, Task
+from simclr_scale.evaluation.scorecard import DEFAULT_TASKS, Evaluated, Scorecard, Task
 from simclr_scale.evaluation.scorecard_plots import plot_labels, plot_sizes
 from simclr_scale.evaluation.scorecard_run import Entrant, Protocol, Work, doable, evaluate
 from simclr_scale.evaluation.scorecard_text import markdown, print_tables
+from simclr_scale.evaluation.scorecard_transfer import Transfers
 
 CARD, TEXT = "scorecard.json", "scorecard.md"
 _EVALUATIONS, _FEATURES = "evaluations", "features"
@@ -44,6 +46,9 @@ def run_scorecard(
     data: EvaluationData,
     output: str,
     tasks: str | None = None,
+    suite: str | None = None,
+    root: str | None = None,
+    suite_labels: str = "1.0",
     health: bool = True,
     k: int = 200,
     temperature: float = 0.07,
@@ -65,6 +70,9 @@ def run_scorecard(
             with, and one that holds a scorecard is refused.
         tasks: knn, linear or finetune, each for all labels or, after an @, for few, as in knn,linear@0.1,linear@5-shot;
             where not given, knn,linear,linear@0.1,linear@0.01,linear@5-shot as far as the labels reach.
+        suite: data sets to transfer to as well, as for the command transfer; none where not given.
+        root: folder in which the data sets of the suite lie.
+        suite_labels: the labels used of them, as in 5-shot,1.0.
         health: measure RankMe, alpha-ReQ, alignment and uniformity too, which needs no labels.
         k: neighbours that vote, with few labels as many as there are at most.
         temperature: of their weights, exp(similarity / temperature).
@@ -96,18 +104,23 @@ def run_scorecard(
         _require_same_images(entrants)
         protocol = Protocol(k, temperature, seeds, seed, allow_missing_classes)
         possible, skipped = doable(entrants, wanted, protocol, skip=tasks is None)
+        transfers = None if suite is None else Transfers.plan(entrants, suite, root, suite_labels.split(","), protocol)
         work = Work(batch_size, data.workers(entrants[0].train), there, cache or folder / _FEATURES)
         if ranks.rank == 0:
             (folder / _EVALUATIONS).mkdir(parents=True, exist_ok=True)
-        results = {
+        results: dict[Task, Sequence[Evaluated]] = {
             task: [evaluate(entrant, task, protocol, work, folder / _EVALUATIONS) for entrant in entrants]
             for task in possible
         }
+        if transfers is not None:
+            found, left_out = transfers.run(entrants, work)
+            results, skipped = results | found, skipped | left_out
         if ranks.rank:
             return
         card = Scorecard.of(
             [entrant.contestant() for entrant in entrants],
             results,
+            published_transfer={} if transfers is None else transfers.published(),
             health=[_health(entrant, data, work).as_dict() for entrant in entrants] if health else (),
             skipped=skipped,
             settings={
@@ -115,6 +128,8 @@ def run_scorecard(
                 **vars(protocol),
                 "batch_size": batch_size,
                 "device": str(there),
+                "suite": suite,
+                "suite_labels": suite_labels if suite else None,
             },
             resamples=resamples,
             permutations=permutations,

@@ -3,6 +3,7 @@
 from simclr_scale.bundle import load_encoder
 from simclr_scale.cli.evaluate import _device
 from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import LabelBudget, require_new_file
@@ -88,7 +89,7 @@ def run_transfer(
         for spec, (_, transform) in loaded.items()
     }
     results: list[TransferResult] = []
-    with killed_workers_explained():
+    with launched_ranks() as ranks, killed_workers_explained():
         for spec, plan in plans.items():
             results += plan.run(
                 loaded[spec][0],
@@ -98,6 +99,8 @@ def run_transfer(
                 spec=spec,
                 cache=cache,
             )
+    if ranks.rank:
+        return
     report = TransferReport(chosen, results)
     report.print_table()
     if output is not None:

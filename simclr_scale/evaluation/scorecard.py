@@ -8,25 +8,31 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.few_labels import LabelBudget
 from simclr_scale.evaluation.manifest import library_versions, now, require_new_file, write_json
+from simclr_scale.evaluation.metrics import OF_SCORES
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.published import Published, known_dataset, published
 from simclr_scale.evaluation.uncertainty import Comparison, Interval, bootstrap_interval, permutation_test
 
 KINDS = {"knn": "kNN", "linear": "linear"}
+TRANSFER = "transfer"
 DEFAULT_TASKS = ("knn", "linear", "linear@0.1", "linear@0.01", "linear@5-shot")
+_SCORE_PERMUTATIONS = 2000
 
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation with so many labels: "knn", "linear@0.1", "linear@5-shot", "finetune@0.01"."""
+    """An evaluation with so many labels: "knn", "linear@0.1", "linear@5-shot"; or transfer to a set of a suite."""
 
     kind: str
     labels: str = "1"
+    transfer_set: str = ""
+    """The name of the set in its suite, where the kind is "transfer"."""
 
     @classmethod
     def parse(cls, text: str) -> "Task":
@@ -45,18 +51,20 @@ class Task:
         return LabelBudget.parse(self.labels)
 
     def __str__(self) -> str:
-        return self.kind if self.budget.is_all else f"{self.kind}@{self.labels}"
+        name = f"{self.kind}:{self.transfer_set}" if self.transfer_set else self.kind
+        return name if self.budget.is_all else f"{name}@{self.labels}"
 
     @property
     def title(self) -> str:
         """In words, for tables."""
-        budget = self.budget
+        budget, name = self.budget, f"{self.transfer_set}: linear" if self.transfer_set else KINDS[self.kind]
         if budget.is_all:
-            return f"{KINDS[self.kind]}, all labels"
+            return f"{name}, all labels"
         if budget.shots is not None:
-            return f"{KINDS[self.kind]}, {budget.shots} a class"
-        of = f"{budget.fraction * 100:g}% of the labels" if budget.file is None else f"labels of {budget}"
-        return f"{KINDS[self.kind]}, {of}"
+            return f"{name}, {budget.shots} a class"
+        return f"{name}, " + (
+            f"{budget.fraction * 100:g}% of the labels" if budget.file is None else f"labels of {budget}"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ class Scorecard:
         health: Sequence[Mapping[str, Any]] = (),
         skipped: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        published_transfer: Mapping[Task, Published] = MappingProxyType({}),
         resamples: int = 2000,
         permutations: int = 100_000,
         seed: int = 0,
@@ -142,8 +151,9 @@ class Scorecard:
             health: of each encoder, in that order.
             skipped: tasks left out, and why.
             settings: what the results depend on.
+            published_transfer: what a suite says of its sets.
             resamples: see `bootstrap_interval`.
-            permutations: see `permutation_test`.
+            permutations: see `permutation_test`; of a metric of scores, each of which takes long, 2,000 at most.
             seed: of both.
 
         Raises:
@@ -157,8 +167,9 @@ class Scorecard:
             metric = first.record["metric"]
             test = first.record["test"]
             try:
+                number = min(permutations, _SCORE_PERMUTATIONS) if metric in OF_SCORES else permutations
                 comparisons = tuple(
-                    permutation_test(first.outcome, other.outcome, metric, permutations=permutations, seed=seed)
+                    permutation_test(first.outcome, other.outcome, metric, permutations=number, seed=seed)
                     for other in others
                 )
             except InputError as error:
@@ -172,9 +183,9 @@ class Scorecard:
                         bootstrap_interval(cell.outcome, metric, resamples=resamples, seed=seed) for cell in cells
                     ),
                     comparisons=comparisons,
-                    published=published(
-                        known_dataset(tuple(test["classes"]), test["images"]), task.kind, str(task.budget)
-                    ),
+                    published=(published_transfer[task],)
+                    if task in published_transfer
+                    else published(known_dataset(tuple(test["classes"]), test["images"]), task.kind, str(task.budget)),
                 )
             )
         chance = {"resamples": resamples, "permutations": permutations, "statistics_seed": seed}

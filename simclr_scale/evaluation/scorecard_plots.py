@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_scale.evaluation.manifest import require_new_file
-from simclr_scale.evaluation.scorecard import KINDS, Row, Scorecard
+from simclr_scale.evaluation.scorecard import KINDS, TRANSFER, Row, Scorecard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLES = {"knn": ":", "linear": "-", "finetune": "--"}
+_STYLES = {"knn": ":", "linear": "-", "finetune": "--", TRANSFER: "-."}
 _MARKERS = "osD^vP*X"
 
 
@@ -102,7 +102,7 @@ def _plot(card: Scorecard, draw: Callable[["Axes"], None], path: str | os.PathLi
     axes = figure.add_subplot()
     draw(axes)
     record = card.rows[0].cells[0].record
-    axes.set_ylabel("top-1 accuracy, %" if card.rows[0].metric == "top1" else f"{card.rows[0].metric}, %")
+    axes.set_ylabel("top-1 accuracy, %" if {row.metric for row in card.rows} == {"top1"} else "value, %")
     axes.set_title(f"{record['test']['name']}, {record['test']['images']:,} test images")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -57,7 +57,7 @@ def _tables(card: Scorecard) -> list[Table]:
     shown = any(row.published for row in card.rows)
     rows = [
         [
-            row.task.title,
+            _named(row),
             *(_value(row, number) for number in range(len(names))),
             *(["; ".join(f"{one.value:.1%} {one.encoder} ({one.source})" for one in row.published)] if shown else []),
         ]
@@ -66,7 +66,7 @@ def _tables(card: Scorecard) -> list[Table]:
     tables: list[Table] = [(_title(card), ["evaluation", *names, *(["published"] if shown else [])], rows)]
     if len(names) > 1 and card.rows:
         compared = [
-            [row.task.title, *(f"{one.difference:+.1%}, p {_p(one.p_value)}" for one in row.comparisons)]
+            [_named(row), *(f"{one.difference:+.1%}, p {_p(one.p_value)}" for one in row.comparisons)]
             for row in card.rows
         ]
         tables.append((f"{names[0]} less", ["evaluation", *names[1:]], compared))
@@ -82,6 +82,10 @@ def _tables(card: Scorecard) -> list[Table]:
     ]
     tables.append(("Encoders", ["encoder", "parameters", "features", "weights"], sizes))
     return tables
+
+
+def _named(row: Row) -> str:
+    return row.task.title if row.metric == "top1" else f"{row.task.title} ({row.metric})"
 
 
 def _value(row: Row, number: int) -> str:
@@ -106,13 +110,12 @@ def _notes(card: Scorecard) -> list[str]:
             f"test images, and over draws of the labels where there are several, by {interval.resamples:,} resamples; "
             "± is the standard deviation over draws."
         )
-        metrics = sorted({row.metric for row in card.rows} - {"top1"})
-        notes.append(f"The values are {', '.join(metrics)}." if metrics else "The values are top-1 accuracies.")
+        notes.append("The values are top-1 accuracies where nothing else is said.")
     if any(row.comparisons for row in card.rows):
         tests = sum(len(row.comparisons) for row in card.rows)
         notes.append(
-            f"p: the share of {card.settings['permutations']:,} random exchanges of two encoders' answers that differ "
-            f"at least as much; {tests} tests, not corrected for their number."
+            f"p: the share of {card.settings['permutations']:,} random exchanges of two encoders' answers (of scores, "
+            f"2,000) that differ at least as much; {tests} tests, not corrected for their number."
         )
     notes += [f"Left out: {task}: {reason}" for task, reason in card.skipped.items()]
     warnings = {

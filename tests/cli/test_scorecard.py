@@ -63,6 +63,30 @@ def test_an_interrupted_card_is_gone_on_with(command: Command, tmp_path: Path, m
     assert [row["task"] for row in once["rows"]] == ["knn", "linear"]
 
 
+def test_the_sets_of_a_suite_are_rows_too(command: Command, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", "red", "green", "blue", count=20)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "published: another encoder\n"
+        "sets:\n"
+        "  - {name: Colours, source: images, metric: mean_auc, published: 61.5}\n"
+        "  - {name: Lost, source: archive/dtd, metric: top1}\n"
+    )
+    what = ("--encoder", "pixels:4", "--encoder", "histogram:2", "--data.source", images, "--tasks", "knn", "--k", 5)
+    options = ("--suite", suite, "--root", tmp_path, "--suite_labels", "5-shot,1.0", "--health", "false", *QUICK)
+    outcome = command("scorecard", *what, *options, "--output", tmp_path / "card")
+    assert outcome.status == 0, outcome.err
+    card = json.loads((tmp_path / "card" / "scorecard.json").read_text())
+    assert [row["task"] for row in card["rows"]] == ["knn", "transfer:Colours@5-shot", "transfer:Colours"]
+    few, full = card["rows"][1:]
+    assert full["metric"] == few["metric"] == "mean_auc"
+    assert few["cells"][0]["std"] is not None
+    assert full["published"][0]["value"] == 0.615
+    assert few["published"] == []
+    assert set(card["skipped"]) == {"transfer:Lost@5-shot", "transfer:Lost"}
+    assert "| Colours: linear, all labels (mean_auc) |" in (tmp_path / "card" / "scorecard.md").read_text()
+
+
 def test_tasks_that_the_labels_do_not_reach_are_left_out_and_named(command: Command, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "red", "green", count=20)
     what = ("--encoder", "pixels:4", "--data.source", images, "--k", 5, "--health", "false", *QUICK)
@@ -87,6 +111,7 @@ def test_tasks_that_the_labels_do_not_reach_are_left_out_and_named(command: Comm
         (("--encoder", "nothing"), "there is no encoder"),
         (("--output", "images"), "holds other things"),
         (("--output", "no/folder"), "no folder"),
+        (("--suite", "thirteen"), "no suite file or shipped suite"),
         (("--seeds", 2, "--tasks", "linear@5-shot"), "at least 5"),
         (("--data.source", "no"), "no"),
     ],
