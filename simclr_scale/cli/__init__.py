@@ -28,6 +28,8 @@ COMMANDS = {
     "prepare": Command("prepare", "main", "pack a data set once, so that training reads it fast"),
     "knn": Command("evaluate", "knn", "score an encoder by its nearest neighbours"),
     "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
+    "finetune": Command("finetune", "main", "score an encoder by training all of it on few or all labels"),
+    "distil": Command("distil", "main", "teach a network the answers of a fine-tuned one, without labels"),
     "health": Command("health", "main", "judge an encoder without labels: rank, spectrum, alignment, uniformity"),
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),

@@ -33,7 +33,7 @@ from simclr_scale.evaluation.augmented_images import (
     sum_over_ranks,
 )
 from simclr_scale.evaluation.classifier import LinearClassifier
-from simclr_scale.evaluation.features import _evaluating
+from simclr_scale.evaluation.features import evaluating
 from simclr_scale.evaluation.probes import EPOCHS, MOMENTUM
 
 LEARNING_RATE = 0.1
@@ -105,7 +105,7 @@ def augmented_probe(
     total = torch.zeros(())
     losses: list[float] = []
     each_epoch = len(batches) // epochs
-    with _evaluating(encoder, device) as there:
+    with evaluating(encoder, device) as there:
         for step, (pictures, index) in enumerate(loader):
             with torch.no_grad():
                 features = encoder(pictures.to(there, non_blocking=True)).float()
