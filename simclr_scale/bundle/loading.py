@@ -21,6 +21,7 @@ from simclr_scale.bundle.transform import ImageTransform
 from simclr_scale.errors import InputError
 from simclr_scale.models import BandHistogramEncoder, ColorHistogramEncoder, PixelEncoder, create_encoder
 
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 _RANDOM_SEED = 0
 
 # What torch.load raises on damaged files, found by corrupting bytes at random.
@@ -70,26 +71,34 @@ def load_encoder(spec: str | os.PathLike[str]) -> tuple[nn.Module, ImageTransfor
 
 
 def _from_path(path: Path) -> tuple[nn.Module, ImageTransform]:
-    if path.is_file():
-        return _from_checkpoint(path)
-    if (path / CONFIG).is_file():
-        return _from_bundle(path)
+    found = locate(path)
+    return _from_checkpoint(found) if found.is_file() else _from_bundle(found)
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint (a file) or the bundle (a folder) that a path stands for. Raises InputError for neither."""
+    if path.is_file() or (path / CONFIG).is_file():
+        return path
     if (path / "encoder" / CONFIG).is_file():
-        return _from_bundle(path / "encoder")
-    if (last := path / "checkpoints" / "last.ckpt").is_file():
-        return _from_checkpoint(last)
+        return path / "encoder"
+    if (last := path / LAST_CHECKPOINT).is_file():
+        return last
     if path.is_dir():
         raise InputError(f"{path} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} nor checkpoints/last.ckpt")
     raise InputError(f"there is no encoder {str(path)!r}; give {describe_specs()}")
 
 
 def _from_bundle(folder: Path) -> tuple[nn.Module, ImageTransform]:
+    config, weights = read_bundle(folder, WEIGHTS)
+    return _build(config, weights, f"bundle {folder}")
+
+
+def read_bundle(folder: Path, file: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The configuration of a bundle, and one of its files of weights. Raises InputError for what cannot be read."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        weights = load_file(folder / WEIGHTS)
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / file)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"bundle {folder} cannot be read: {_first_line(error)}") from error
-    return _build(config, weights, f"bundle {folder}")
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -112,13 +121,17 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _from_checkpoint(path: Path) -> tuple[nn.Module, ImageTransform]:
     checkpoint = read_checkpoint(path)
-    prefix = "encoder."
     try:
         config = checkpoint[BUNDLE_KEY]["encoder"]
-        weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        weights = weights_below(checkpoint["state_dict"], "encoder.")
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no encoder") from error
     return _build(config, weights, str(path))
+
+
+def weights_below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state dict whose keys start with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Module, ImageTransform]:
@@ -135,15 +148,15 @@ def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Modu
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else _first_line(error)
         raise InputError(f"{where} does not describe an encoder: {reason}") from error
-    if problem := _misfit(encoder, weights):
+    if problem := misfit(encoder, weights):
         raise InputError(f"{where}: the weights do not fit the architecture {name!r}: {problem}")
     encoder.load_state_dict(weights)
     return encoder, transform
 
 
-def _misfit(encoder: nn.Module, weights: Mapping[str, Any]) -> str:
+def misfit(module: nn.Module, weights: Mapping[str, Any]) -> str:
     """The first key that does not fit, in words; empty where all fit."""
-    expected = encoder.state_dict()
+    expected = module.state_dict()
     if missing := [key for key in expected if key not in weights]:
         return f"{missing[0]!r} is missing ({len(missing)} keys in all)"
     if extra := [key for key in weights if key not in expected]:

@@ -30,6 +30,8 @@ COMMANDS = {
     "linear": Command("evaluate", "linear", "score an encoder by a linear classifier on its features"),
     "scorecard": Command("scorecard", "main", "put all evaluations of one or several encoders on one card"),
     "transfer": Command("transfer", "main", "score encoders on many data sets, each by its own metric"),
+    "finetune": Command("finetune", "main", "score an encoder by training all of it on few or all labels"),
+    "distil": Command("distil", "main", "teach a network the answers of a fine-tuned one, without labels"),
     "health": Command("health", "main", "judge an encoder without labels: rank, spectrum, alignment, uniformity"),
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),

@@ -1,6 +1,7 @@
-"""How good a frozen encoder is, given an encoder and images and no trainer: kNN, linear, health without labels."""
+"""How good an encoder is, given it and images and no trainer: kNN, linear, fine-tuning, health without labels."""
 
 from simclr_scale.evaluation.augmented import AugmentedProbe, augmented_probe
+from simclr_scale.evaluation.distil import distil, distillation_loss, evaluate_distil
 from simclr_scale.evaluation.features import (
     ImageDataset,
     extract_features,
@@ -16,6 +17,7 @@ from simclr_scale.evaluation.few_labels import (
     few_label_linear,
     select_labels,
 )
+from simclr_scale.evaluation.finetune import PROTOCOLS, evaluate_finetune, fine_tune
 from simclr_scale.evaluation.health import alignment, alpha_req, collapse_warnings, rankme, uniformity
 from simclr_scale.evaluation.health_report import HealthReport, evaluate_health
 from simclr_scale.evaluation.knn import knn_classify, knn_classify_each, knn_neighbors
@@ -23,6 +25,7 @@ from simclr_scale.evaluation.linear import LinearProbe, linear_probe
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, require_new_file
 from simclr_scale.evaluation.metrics import METRICS, mean_per_class_accuracy, top1
 from simclr_scale.evaluation.multilabel import MultiLabelProbe, multilabel_probe
+from simclr_scale.evaluation.network_training import TrainedClassifier, TrainingSettings, classify_images
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
 from simclr_scale.evaluation.ranking import mean_auc, voc2007_map
@@ -35,6 +38,7 @@ from simclr_scale.evaluation.uncertainty import Comparison, Interval, bootstrap_
 
 __all__ = [
     "METRICS",
+    "PROTOCOLS",
     "AugmentedProbe",
     "Comparison",
     "Contestant",
@@ -55,15 +59,22 @@ __all__ = [
     "Suite",
     "SuiteEntry",
     "Task",
+    "TrainedClassifier",
     "TrainedProbes",
+    "TrainingSettings",
     "TransferReport",
     "TransferResult",
     "alignment",
     "alpha_req",
     "augmented_probe",
     "bootstrap_interval",
+    "classify_images",
     "collapse_warnings",
+    "distil",
+    "distillation_loss",
     "encoder_fingerprint",
+    "evaluate_distil",
+    "evaluate_finetune",
     "evaluate_health",
     "evaluate_knn",
     "evaluate_linear",
@@ -71,6 +82,7 @@ __all__ = [
     "extract_features",
     "few_label_knn",
     "few_label_linear",
+    "fine_tune",
     "gather_features",
     "image_loader",
     "knn_classify",

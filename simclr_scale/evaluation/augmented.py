@@ -9,7 +9,7 @@ n images, C classes, D features, B images a batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,65 +18,25 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from simclr_scale.bundle import ImageTransform
-from simclr_scale.data.augmentation import Augmentation
-from simclr_scale.data.draws import BOX, Draw, draw_views
-from simclr_scale.data.pixels import size_of
-from simclr_scale.data.randomness import Purpose, generator
 from simclr_scale.data.sources import Source
-from simclr_scale.distributed import World, world
+from simclr_scale.distributed import world
 from simclr_scale.errors import InputError
+from simclr_scale.evaluation.augmented_images import (
+    AugmentedImages,
+    Batches,
+    check_crops,
+    check_labelled,
+    check_training,
+    sum_over_ranks,
+)
 from simclr_scale.evaluation.classifier import LinearClassifier
-from simclr_scale.evaluation.features import _evaluating
+from simclr_scale.evaluation.features import evaluating
 from simclr_scale.evaluation.probes import EPOCHS, MOMENTUM
 
 LEARNING_RATE = 0.1
-_CROP_AND_FLIP = Augmentation(jitter=0, grey=0, blur=0)
-
-
-class AugmentedImages(Dataset[tuple[torch.Tensor, int]]):
-    """Random crops and flips of the images of a source, each a pure function of (seed, epoch, index).
-
-    Item (epoch, index) is the image (C, H, W) as the encoder takes it, and the index.
-    """
-
-    def __init__(self, source: Source, transform: ImageTransform, seed: int) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
-        image = self.source.image(index)
-        draws = draw_views(_CROP_AND_FLIP, self.seed, epoch, [index], np.array(size_of(image)))[0, 0]
-        return self.transform.cropped(image, draws[BOX], flip=bool(draws[Draw.FLIP])), index
-
-
-class _Batches:
-    """This rank's (epoch, index) of all batches of all epochs.
-
-    Each epoch has a new seeded order, cut into global batches without the tail; a rank has every so many-th of a batch.
-    """
-
-    def __init__(self, indices: np.ndarray, size: int, epochs: int, seed: int, ranks: World) -> None:
-        self._indices = indices
-        self._size = size
-        self._epochs = epochs
-        self._seed = seed
-        self._ranks = ranks
-
-    def __len__(self) -> int:
-        return self._epochs * (len(self._indices) // self._size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self._epochs):
-            raw = generator(Purpose.ORDER, self._seed, epoch, 0).bit_generator.random_raw(len(self._indices))
-            order = self._indices[np.argsort(raw, kind="stable")].tolist()
-            for start in range(0, len(order) - self._size + 1, self._size):
-                mine = order[start + self._ranks.rank : start + self._size : self._ranks.size]
-                yield [(epoch, index) for index in mine]
 
 
 @dataclass(frozen=True)
@@ -130,18 +90,13 @@ def augmented_probe(
             range, the transform cannot crop, a batch is smaller than the number of ranks, or the training diverges.
     """
     check_augmented_settings(transform, learning_rate, weight_decay, epochs, batch_size)
-    chosen = np.flatnonzero(source.labels >= 0) if indices is None else np.asarray(indices, dtype=np.int64)
-    if not len(chosen) or (source.labels[chosen] < 0).any():
-        raise InputError(f"{source.name}: training takes images with labels, and some of those chosen have none")
-    classes = np.unique(source.labels[chosen])
-    if len(classes) < 2:
-        raise InputError(f"{source.name}: all labels are of class {int(classes[0])}; a classifier needs at least two")
+    chosen, classes = check_labelled(source, indices)
     target_of = torch.from_numpy(np.searchsorted(classes, source.labels))
     size = min(batch_size, len(chosen))
     ranks = world(group)
     if size < ranks.size:
         raise InputError(f"batch_size: {size} images a step for {ranks.size} ranks; wanted at least one a rank")
-    batches = _Batches(chosen, size, epochs, seed, ranks)
+    batches = Batches(chosen, size, epochs, seed, ranks)
     images = AugmentedImages(source, transform, seed)
     loader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
@@ -150,7 +105,7 @@ def augmented_probe(
     total = torch.zeros(())
     losses: list[float] = []
     each_epoch = len(batches) // epochs
-    with _evaluating(encoder, device) as there:
+    with evaluating(encoder, device) as there:
         for step, (pictures, index) in enumerate(loader):
             with torch.no_grad():
                 features = encoder(pictures.to(there, non_blocking=True)).float()
@@ -171,11 +126,11 @@ def augmented_probe(
             loss = F.cross_entropy(head(features), target_of[index].to(there), reduction="sum") / size
             optimizer.zero_grad()
             loss.backward()
-            _sum_over_ranks([weight.grad for weight in head.parameters() if weight.grad is not None], ranks, group)
+            sum_over_ranks([weight.grad for weight in head.parameters() if weight.grad is not None], ranks, group)
             optimizer.step()
             total += loss.detach()
             if (step + 1) % each_epoch == 0:
-                _sum_over_ranks([total], ranks, group)
+                sum_over_ranks([total], ranks, group)
                 losses.append(float(total) / each_epoch)
                 total.zero_()
                 if not math.isfinite(losses[-1]):
@@ -191,28 +146,9 @@ def augmented_probe(
     )
 
 
-def _sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: World, group: dist.ProcessGroup | None) -> None:
-    if ranks.size > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
-
-
 def check_augmented_settings(
     transform: object, learning_rate: float, weight_decay: float, epochs: int, batch_size: int
 ) -> None:
     """Raises InputError for settings out of range; for a command to call before its work."""
-    if not isinstance(transform, ImageTransform):
-        raise InputError(
-            f"transform: a {type(transform).__name__} cannot crop at random; wanted the ImageTransform of load_encoder"
-        )
-    height, width = transform.config["input_size"][1:]
-    if height != width:
-        raise InputError(f"transform: images of {height} x {width}, but random crops are square")
-    if not 0 < learning_rate < math.inf:
-        raise InputError(f"learning_rate: {learning_rate}, wanted a finite number above 0")
-    if not 0 <= weight_decay < math.inf:
-        raise InputError(f"weight_decay: {weight_decay}, wanted a finite number of at least 0")
-    if epochs < 1:
-        raise InputError(f"epochs: {epochs}, wanted at least 1")
-    if batch_size < 1:
-        raise InputError(f"batch_size: {batch_size}, wanted at least 1 image a step")
+    check_crops(transform)
+    check_training(learning_rate, weight_decay, epochs, batch_size)

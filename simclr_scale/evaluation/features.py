@@ -111,7 +111,7 @@ def extract_features(
     features, labels, indices = [], [], []
     done = 0
     left_out: dict[int, str] = {}
-    with _evaluating(encoder, device) as there, torch.inference_mode():
+    with evaluating(encoder, device) as there, torch.inference_mode():
         for batch in loader:
             if isinstance(batch, Mapping):
                 left_out.update(batch.get("unreadable", ()))
@@ -184,7 +184,7 @@ def source_features(
         raise InputError(f"{source.name}: no images to compute features of")
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size}, wanted at least 1")
-    with _evaluating(encoder, device) as there, torch.inference_mode(), ExitStack() as opened:
+    with evaluating(encoder, device) as there, torch.inference_mode(), ExitStack() as opened:
         store: MemoryFeatures | CachedFeatures = MemoryFeatures(len(chosen), batch_size)
         failure: str | None = None
         if cache is not None and world(group).rank == 0:
@@ -422,7 +422,7 @@ def gather_features(
 
 
 @contextmanager
-def _evaluating(encoder: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def evaluating(encoder: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """The encoder in evaluation mode on `device`, which is yielded; both as before when the block ends."""
     training = {module: module.training for module in encoder.modules()}
     tensor = next(chain(encoder.parameters(), encoder.buffers()), None)

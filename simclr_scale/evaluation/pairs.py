@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Chosen:
         budget = LabelBudget.parse(labels)
         draws = budget.seeds(seeds, seed)
         if not budget.is_all:
-            _labelled(source, "train")
+            labelled_images(source, "train")
         selections, selected = select_labels(source, budget, draws)
         return cls(budget, tuple(selections), description if budget.is_all else selected)
 
@@ -79,10 +80,10 @@ class LabelledPair:
         if targets_of(train_source) is not None:
             return cls._of_targets(train_source, test_source)
         if train_indices is None:
-            train_indices = _labelled(train_source, "train")
-        test_indices = _labelled(test_source, "test")
+            train_indices = labelled_images(train_source, "train")
+        test_indices = labelled_images(test_source, "test")
         train_labels = train_source.labels[train_indices]
-        test_labels = _renumbered(test_source, train_source.classes)[test_indices]
+        test_labels = renumbered(test_source, train_source.classes)[test_indices]
         known = np.unique(train_labels)
         if len(known) < 2:
             raise InputError(
@@ -141,10 +142,10 @@ class LabelledPair:
     ) -> tuple["LabelledPair", torch.Tensor, torch.Tensor]:
         """The pair of images that can be read, (N, D) of the training and (M, D) of the test images, as its labels."""
 
-        def of(source: Source, indices: np.ndarray, part: str) -> tuple[torch.Tensor, np.ndarray, dict[int, str]]:
+        def of(source: Source, indices: np.ndarray, part: str) -> tuple[torch.Tensor, dict[int, str]]:
             unreadable: dict[int, str] = {}
             with show_progress(f"features, {part}", len(indices), "images") as progress:
-                features, _, read = source_features(
+                features, _, _ = source_features(
                     encoder,
                     source,
                     transform,
@@ -156,23 +157,33 @@ class LabelledPair:
                     unreadable=unreadable,
                     cache=cache,
                 )
-            return features, np.isin(indices, read.numpy()), unreadable
+            return features, unreadable
 
-        train, train_read, train_unreadable = of(self.train_source, self.train_indices, "train")
-        test, test_read, test_unreadable = of(self.test_source, self.test_indices, "test")
-        readable = replace(
+        train, train_unreadable = of(self.train_source, self.train_indices, "train")
+        test, test_unreadable = of(self.test_source, self.test_indices, "test")
+        readable = self.without(train_unreadable, test_unreadable)
+        return readable, train, test
+
+    def without(
+        self,
+        train_unreadable: Mapping[int, str] = MappingProxyType({}),
+        test_unreadable: Mapping[int, str] = MappingProxyType({}),
+    ) -> "LabelledPair":
+        """The pair of the images that can be read, given those that cannot by index and with the reason."""
+        train_read = ~np.isin(self.train_indices, list(train_unreadable))
+        test_read = ~np.isin(self.test_indices, list(test_unreadable))
+        return replace(
             self,
             train_indices=self.train_indices[train_read],
             test_indices=self.test_indices[test_read],
             train_labels=self.train_labels[train_read],
             test_labels=self.test_labels[test_read],
             warnings=self.warnings
-            + _left_out(train_unreadable, len(train_read), "training")
-            + _left_out(test_unreadable, len(test_read), "test"),
-            train_unreadable=train_unreadable,
-            test_unreadable=test_unreadable,
+            + left_out(train_unreadable, len(train_read), "training")
+            + left_out(test_unreadable, len(test_read), "test"),
+            train_unreadable={**self.train_unreadable, **train_unreadable},
+            test_unreadable={**self.test_unreadable, **test_unreadable},
         )
-        return readable, train, test
 
     def rows(self, selection: LabelSelection) -> np.ndarray:
         """Which rows of the training features are of the images of `selection`."""
@@ -217,14 +228,16 @@ class LabelledPair:
         )
 
 
-def _left_out(unreadable: Mapping[int, str], images: int, part: str) -> tuple[str, ...]:
+def left_out(unreadable: Mapping[int, str], images: int, part: str) -> tuple[str, ...]:
+    """The warning of a manifest that some of so many images cannot be read; none where all can."""
     if not unreadable:
         return ()
     first = unreadable[min(unreadable)]
     return (f"{len(unreadable):,} of {images:,} {part} images cannot be read and are left out; the first: {first}",)
 
 
-def _labelled(source: Source, part: str) -> np.ndarray:
+def labelled_images(source: Source, part: str) -> np.ndarray:
+    """Indices of the images that have a label. Raises InputError where none has one."""
     indices = np.flatnonzero(source.labels >= 0)
     if not len(indices) and targets_of(source) is not None:
         raise InputError(f"{source.name}: its images have several labels each, which `simclr-scale transfer` evaluates")
@@ -233,7 +246,7 @@ def _labelled(source: Source, part: str) -> np.ndarray:
     return indices
 
 
-def _renumbered(source: Source, classes: tuple[str, ...]) -> np.ndarray:
+def renumbered(source: Source, classes: tuple[str, ...]) -> np.ndarray:
     """Labels of `source` as positions in `classes`, by name; the names that `classes` lacks come after its end."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*classes, *source.classes)))}
     return np.array([numbers[name] for name in source.classes])[source.labels]

@@ -1,5 +1,7 @@
 """The projection head g of SimCLR: h (B, D) -> z (B, d), where the contrastive loss is applied."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from simclr_scale.errors import InputError
@@ -34,6 +36,8 @@ class ProjectionHead(nn.Module):
                 raise InputError(f"projection head: {name}={size} must be at least 1")
         if num_layers < 0:
             raise InputError(f"projection head: num_layers={num_layers} must be 0 (identity) or more")
+        self.arguments: dict[str, Any] = {**sizes, "num_layers": num_layers}
+        """What this head was made with, to make another such."""
         self.in_features = in_features
         self.out_features = out_features if num_layers else in_features
         widths = [in_features, *[hidden_features] * (num_layers - 1), out_features]

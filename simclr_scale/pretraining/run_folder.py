@@ -15,6 +15,7 @@ from rich.table import Table
 from simclr_scale import __version__
 from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
+from simclr_scale.models import ProjectionHead
 from simclr_scale.pretraining.bad_files import BadFiles
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor, baselines_for, labelled_images
@@ -129,9 +130,11 @@ class RunFolder(pl.Callback):
         """
         final, fresh = self.folder / "encoder", self.folder / ".encoder.partial"
         shutil.rmtree(fresh, ignore_errors=True)
-        save_encoder(pl_module.encoder, pl_module.transform, fresh, **facts)
+        head = pl_module.head if type(pl_module.head) is ProjectionHead else None
+        save_encoder(pl_module.encoder, pl_module.transform, fresh, head=head, **facts)
         if final.exists():
-            for file in fresh.iterdir():
+            # A bundle of an earlier version has no head, so what says that there is one comes last.
+            for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, final / file.name)
             fresh.rmdir()
         else:
