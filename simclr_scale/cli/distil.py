@@ -6,6 +6,7 @@ from simclr_scale.bundle import encoder_config, load_classifier, load_encoder, r
 from simclr_scale.cli.evaluate import EvaluationData, _device, _open
 from simclr_scale.cli.finetune import facts_of
 from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import TrainedClassifier, evaluate_distil, require_new_file
@@ -74,7 +75,7 @@ def run_distil(
     _, transform, train, test = _open(encoder, data)
     encoder_config(teacher.encoder if learner is None else learner, transform)  # what cannot be saved is told now
     made: list[TrainedClassifier] = []
-    with killed_workers_explained():
+    with launched_ranks() as ranks, killed_workers_explained():
         manifest = evaluate_distil(
             teacher,
             transform,
@@ -97,6 +98,8 @@ def run_distil(
             student_spec=student or "",
             keep=made.append,
         )
+    if ranks.rank:
+        return
     network = made[0].network
     save_encoder(network.encoder, transform, save, classifier=network.head, **facts_of(manifest))
     manifest.print_table()

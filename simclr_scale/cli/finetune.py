@@ -5,6 +5,7 @@ from typing import Any, Literal
 from simclr_scale.bundle import encoder_config, load_head, require_new_folder, save_encoder
 from simclr_scale.cli.evaluate import EvaluationData, _device, _open
 from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import (
@@ -85,7 +86,7 @@ def run_finetune(
     if save is not None:
         encoder_config(module, transform)  # an encoder that cannot be saved is told before the work
     tuned: list[TrainedClassifier] = []
-    with killed_workers_explained():
+    with launched_ranks() as ranks, killed_workers_explained():
         manifest = evaluate_finetune(
             module,
             transform,
@@ -109,6 +110,8 @@ def run_finetune(
             allow_missing_classes=allow_missing_classes,
             keep=tuned.append if save is not None else None,
         )
+    if ranks.rank:
+        return
     if save is not None:
         network = tuned[0].network
         save_encoder(network.encoder, transform, save, classifier=network.head, **facts_of(manifest))

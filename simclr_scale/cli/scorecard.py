@@ -54,6 +54,7 @@ def run_scorecard(
     temperature: float = 0.07,
     seeds: int | None = None,
     seed: int = 0,
+    finetune_epochs: int | None = None,
     resamples: int = 2000,
     permutations: int = 100_000,
     batch_size: int = 256,
@@ -78,6 +79,7 @@ def run_scorecard(
         temperature: of their weights, exp(similarity / temperature).
         seeds: draws of few labels; 5 of k-shot, else 1, where not given.
         seed: of the first draw, and of the parts that choices are made on.
+        finetune_epochs: of the task finetune; SimCLR's where not given, 60 with less than 5% of the labels and else 30.
         resamples: of the bootstrap that gives the intervals.
         permutations: of the test between two encoders.
         batch_size: images a forward.
@@ -102,7 +104,7 @@ def run_scorecard(
         there = _device(device)
         entrants = [Entrant(spec, *_open(spec, data)) for spec in encoders]
         _require_same_images(entrants)
-        protocol = Protocol(k, temperature, seeds, seed, allow_missing_classes)
+        protocol = Protocol(k, temperature, seeds, seed, finetune_epochs, allow_missing_classes)
         possible, skipped = doable(entrants, wanted, protocol, skip=tasks is None)
         transfers = None if suite is None else Transfers.plan(entrants, suite, root, suite_labels.split(","), protocol)
         work = Work(batch_size, data.workers(entrants[0].train), there, cache or folder / _FEATURES)

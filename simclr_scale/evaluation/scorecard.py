@@ -19,7 +19,7 @@ from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.published import Published, known_dataset, published
 from simclr_scale.evaluation.uncertainty import Comparison, Interval, bootstrap_interval, permutation_test
 
-KINDS = {"knn": "kNN", "linear": "linear"}
+KINDS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
 TRANSFER = "transfer"
 DEFAULT_TASKS = ("knn", "linear", "linear@0.1", "linear@0.01", "linear@5-shot")
 _SCORE_PERMUTATIONS = 2000
@@ -27,7 +27,7 @@ _SCORE_PERMUTATIONS = 2000
 
 @dataclass(frozen=True)
 class Task:
-    """An evaluation with so many labels: "knn", "linear@0.1", "linear@5-shot"; or transfer to a set of a suite."""
+    """An evaluation with so many labels: "knn", "linear@0.1", "finetune@0.01"; or transfer to a set of a suite."""
 
     kind: str
     labels: str = "1"

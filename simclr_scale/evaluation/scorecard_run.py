@@ -17,7 +17,9 @@ from simclr_scale.bundle import ImageTransform
 from simclr_scale.data.sources import Source
 from simclr_scale.distributed import world
 from simclr_scale.errors import InputError
+from simclr_scale.evaluation.augmented_images import check_crops
 from simclr_scale.evaluation.few_labels import check_choice
+from simclr_scale.evaluation.finetune import evaluate_finetune, finetune_settings
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, library_versions, write_json
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.pairs import Chosen, LabelledPair
@@ -55,6 +57,8 @@ class Protocol:
     """Draws of few labels; None: 5 of k-shot, else 1."""
     seed: int = 0
     """Of the first draw, and of the parts that choices are made on."""
+    finetune_epochs: int | None = None
+    """None: those of SimCLR's protocol, by the share of the labels."""
     allow_missing_classes: bool = False
 
 
@@ -101,7 +105,7 @@ def evaluate(entrant: Entrant, task: Task, protocol: Protocol, work: Work, folde
     On several ranks every one must call this; rank 0 reads and writes.
 
     Raises:
-        InputError: as `evaluate_knn` and `evaluate_linear` do.
+        InputError: as `evaluate_knn`, `evaluate_linear` and `evaluate_finetune` do.
     """
     kept = _Kept(folder / f"{task.kind}-{_key(entrant, task, protocol, work)}")
     found = _told_by_first(kept.read)
@@ -123,6 +127,9 @@ def _check(entrant: Entrant, task: Task, protocol: Protocol) -> None:
             f"k: {protocol.k}, wanted at most {len(pair.train_indices)}, the labelled training images of "
             f"{entrant.train.name}"
         )
+    if task.kind == "finetune":
+        check_crops(entrant.transform)
+        finetune_settings(epochs=protocol.finetune_epochs)
     if task.kind == "linear":
         check_choice(chosen.selections, entrant.train.labels, "l2")
 
@@ -167,7 +174,24 @@ def _linear(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> Man
     )
 
 
-_EVALUATIONS: Mapping[str, Callable[[Entrant, Task, Protocol, Work], Manifest]] = {"knn": _knn, "linear": _linear}
+def _finetune(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> Manifest:
+    settings = _common(entrant, task, protocol, work)
+    del settings["cache"]  # there are no features to keep of a network that changes
+    return evaluate_finetune(
+        entrant.encoder,
+        entrant.transform,
+        entrant.train,
+        entrant.test,
+        epochs=protocol.finetune_epochs,
+        **settings,
+    )
+
+
+_EVALUATIONS: Mapping[str, Callable[[Entrant, Task, Protocol, Work], Manifest]] = {
+    "knn": _knn,
+    "linear": _linear,
+    "finetune": _finetune,
+}
 
 
 def _key(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> str:

@@ -87,6 +87,19 @@ def test_the_sets_of_a_suite_are_rows_too(command: Command, tmp_path: Path) -> N
     assert "| Colours: linear, all labels (mean_auc) |" in (tmp_path / "card" / "scorecard.md").read_text()
 
 
+def test_fine_tuning_is_a_task_too(trained: TrainedRun, command: Command, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", "red", "green", "blue", count=20)
+    what = ("--encoder", trained.folder, "--encoder", "pixels:4", "--data.source", images, "--health", "false", *QUICK)
+    tasks = ("--tasks", "finetune,finetune@0.5,linear@0.5", "--finetune_epochs", 2)
+    outcome = command("scorecard", *what, *tasks, "--output", tmp_path / "card")
+    assert outcome.status == 0, outcome.err
+    card = json.loads((tmp_path / "card" / "scorecard.json").read_text())
+    assert [row["title"] for row in card["rows"]][:2] == ["fine-tuned, all labels", "fine-tuned, 50% of the labels"]
+    manifest = card["rows"][1]["cells"][0]["manifest"]
+    assert (manifest["task"], manifest["settings"]["epochs"]) == ("finetune", 2)
+    assert (tmp_path / "card" / "labels.png").is_file()
+
+
 def test_tasks_that_the_labels_do_not_reach_are_left_out_and_named(command: Command, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "red", "green", count=20)
     what = ("--encoder", "pixels:4", "--data.source", images, "--k", 5, "--health", "false", *QUICK)
@@ -111,6 +124,7 @@ def test_tasks_that_the_labels_do_not_reach_are_left_out_and_named(command: Comm
         (("--encoder", "nothing"), "there is no encoder"),
         (("--output", "images"), "holds other things"),
         (("--output", "no/folder"), "no folder"),
+        (("--tasks", "finetune", "--finetune_epochs", 0), "epochs"),
         (("--suite", "thirteen"), "no suite file or shipped suite"),
         (("--seeds", 2, "--tasks", "linear@5-shot"), "at least 5"),
         (("--data.source", "no"), "no"),
