@@ -32,6 +32,7 @@ def test_the_files_of_a_run(trained: TrainedRun) -> None:
         "encoder/README.md",
         "encoder/config.json",
         "encoder/model.safetensors",
+        "encoder/projection_head.safetensors",
     }
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from simclr_scale import load_encoder
-from simclr_scale.bundle import ImageTransform
+from simclr_scale.bundle import ImageTransform, load_head
 from simclr_scale.errors import InputError
-from simclr_scale.models import create_encoder
+from simclr_scale.models import ProjectionHead, create_encoder
 from simclr_scale.pretraining.run_folder import RunFolder
 from tests.pretraining.runs import QUIET, arguments, differences, last_checkpoint, pretrain
 
@@ -51,6 +52,16 @@ def test_what_a_run_leaves(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     output = capsys.readouterr().out
     assert str(run / "encoder") in output
     assert f"{summary['knn_top1']['trained']:.1%}" in output
+
+
+def test_a_head_of_another_kind_is_not_written(tmp_path: Path) -> None:
+    module = SimpleNamespace(
+        encoder=create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)),
+        head=nn.Linear(4, 3),
+        transform=ImageTransform((3, 16, 16)),
+    )
+    RunFolder(tmp_path, "", resumed=False)._replace_encoder(module, {})
+    assert set(os.listdir(tmp_path / "encoder")) == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_images_without_labels(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +102,9 @@ def test_the_encoder_is_there_while_it_is_replaced(tmp_path: Path, monkeypatch: 
     def module(seed: int) -> Any:
         torch.manual_seed(seed)
         return SimpleNamespace(
-            encoder=create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)), transform=ImageTransform((3, 16, 16))
+            encoder=create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)),
+            head=ProjectionHead(4, out_features=3),
+            transform=ImageTransform((3, 16, 16)),
         )
 
     run = RunFolder(tmp_path, "", resumed=True)
@@ -110,7 +123,8 @@ def test_the_encoder_is_there_while_it_is_replaced(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", watched)
     second = module(1)
     run._replace_encoder(second, {"steps": 2})
-    assert len(loaded) == 4, "the bundle in its place, and its three files"
+    assert len(loaded) == 5, "the bundle in its place, and its four files"
+    assert differences(dict(load_head(tmp_path).state_dict()), dict(second.head.state_dict())) == []
     after = second.encoder.state_dict()
     assert all(differences(state, before) == [] or differences(state, after) == [] for state in loaded)
     assert differences(dict(load_encoder(tmp_path)[0].state_dict()), dict(after)) == []
