@@ -28,6 +28,7 @@ from simclr_scale.pretraining.logger import RunLogger
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
+from simclr_scale.scaling.record import ScalingRecord
 
 _RUN_NAME = "SIMCLR_SCALE_RUN_NAME"
 _ABOUT_THE_RUN = ("name", "runs_dir", "resume", "override")
@@ -181,7 +182,7 @@ class PretrainCLI(LightningCLI):
         self._get(self.config_init, "checkpoint").folder = folder / "checkpoints"
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         further_callbacks = config.get("callbacks") or []
-        config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait()]
+        config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait(), ScalingRecord()]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(
