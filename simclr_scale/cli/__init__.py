@@ -34,6 +34,9 @@ COMMANDS = {
     "distil": Command("distil", "main", "teach a network the answers of a fine-tuned one, without labels"),
     "health": Command("health", "main", "judge an encoder without labels: rank, spectrum, alignment, uniformity"),
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
+    "plan": Command("plan", "main", "memory, steps and time of a training, and known mistakes, before it starts"),
+    "report": Command("report", "main", "set runs side by side: rates, scaling efficiency, time to N epochs"),
+    "verify": Command("verify", "main", "check that several processes compute what one would"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),
 }
 

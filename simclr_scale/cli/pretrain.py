@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 import warnings
 from argparse import Action
@@ -14,6 +15,7 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from simclr_scale.cli.auto import replace_auto
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
 from simclr_scale.cli.precision import Trainer, fastest_precision
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
@@ -28,6 +30,7 @@ from simclr_scale.pretraining.logger import RunLogger
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
+from simclr_scale.scaling.record import ScalingRecord
 
 _RUN_NAME = "SIMCLR_SCALE_RUN_NAME"
 _ABOUT_THE_RUN = ("name", "runs_dir", "resume", "override")
@@ -57,6 +60,7 @@ EPILOG = """The arguments of a class or function that an option names are option
 
 examples:
   simclr-scale pretrain --config quickstart
+  simclr-scale pretrain --config auto --data.source FOLDER
   simclr-scale pretrain --config cifar10_small --data.source hfds/PATH --name first --trainer.devices 2
   simclr-scale pretrain --resume auto --name first
 """
@@ -89,6 +93,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
 class PretrainCLI(LightningCLI):
     """Parses, checks and instantiates; :func:`main` then trains."""
 
+    program, description, epilog = "simclr-scale pretrain", "Train an encoder without labels (SimCLR).", EPILOG
+
     def __init__(self, argv: list[str]) -> None:
         super().__init__(
             SimCLR,
@@ -97,10 +103,10 @@ class PretrainCLI(LightningCLI):
             save_config_callback=None,  # RunFolder saves it, and never over another
             parser_class=Parser,
             parser_kwargs={
-                "prog": "simclr-scale pretrain",
+                "prog": self.program,
                 "usage": "%(prog)s --config RECIPE [options]",
-                "description": "Train an encoder without labels (SimCLR).",
-                "epilog": EPILOG,
+                "description": self.description,
+                "epilog": self.epilog,
                 "formatter_class": PretrainHelp,
             },
             args=argv,
@@ -111,7 +117,7 @@ class PretrainCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=RecipeFile, help="name of a recipe, or a YAML file")
+        parser.add_argument("-c", "--config", action=RecipeFile, help="name of a recipe, a YAML file, or auto")
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -149,28 +155,36 @@ class PretrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Straight to the parser: Lightning warns where arguments are given beside sys.argv, from which, unchanged,
         # its launcher starts the further processes.
-        self.config = parser.parse_args([*config_of_resumed_run(args), *args])
+        with tempfile.TemporaryDirectory() as folder:
+            replaced, self.auto_notes = replace_auto(args, Path(folder))
+            self.config = parser.parse_args([*config_of_resumed_run(replaced), *replaced])
         if not 0 <= self.config.seed_everything < 2**32:
             raise InputError(f"seed_everything must be from 0 to 2^32 - 1, got {self.config.seed_everything}")
 
-    def before_instantiate_classes(self) -> None:
+    def refuse_accumulation(self) -> None:
         accumulated = self.config.trainer.accumulate_grad_batches
         if accumulated > 1:
             raise InputError(
                 f"trainer.accumulate_grad_batches {accumulated} would not add negatives: keep it at 1, and set "
                 "model.chunk_size to fit a large batch on a small device"
             )
+
+    def before_instantiate_classes(self) -> None:
+        self.refuse_accumulation()
         if self.config.trainer.precision == "auto":
             # Before the configuration is saved: a run goes on with the precision that it began with.
             self.config.trainer.precision = fastest_precision(self.config.trainer.accelerator)
+        self.set_threads()
+        self.start = find_start(self.config, lambda: _default_name(self.config))
+        if self.start.checkpoint is not None:
+            _check_same_run(self, self.start)
+
+    def set_threads(self) -> None:
         threads = self.config.threads
         if threads is not None:
             if threads < 1:
                 raise InputError(f"--threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
-        self.start = find_start(self.config, lambda: _default_name(self.config))
-        if self.start.checkpoint is not None:
-            _check_same_run(self, self.start)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init.trainer
@@ -181,7 +195,7 @@ class PretrainCLI(LightningCLI):
         self._get(self.config_init, "checkpoint").folder = folder / "checkpoints"
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         further_callbacks = config.get("callbacks") or []
-        config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait()]
+        config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait(), ScalingRecord()]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(
@@ -221,7 +235,7 @@ def _check_same_run(cli: PretrainCLI, start: Start) -> None:
         )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keeps what Lightning says to its developers, hints and advertisements from the user's screen."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -231,12 +245,12 @@ def _quieten() -> None:
 
 def main(argv: list[str]) -> None:
     """Trains; the files are those of ``runs/NAME/`` (see the documentation)."""
-    _quieten()
+    quieten()
     cli = PretrainCLI(argv)
     progress = cli.trainer.progress_bar_callback
     assert isinstance(progress, RunProgress)
     if cli.trainer.is_global_zero:
-        for note in cli.start.notes:
+        for note in (*cli.auto_notes, *cli.start.notes):
             progress.say(note)
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     name = cli.start.folder.name

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,14 @@ _LABELS = {
 
 def _callback(trainer: Any, kind: type[_Callback]) -> _Callback | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+class SummaryFacts(pl.Callback, ABC):
+    """A callback that has something to say in ``summary.json``."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """JSON values by key; asked on the first rank, after the last hook of training."""
 
 
 class RunFolder(pl.Callback):
@@ -121,6 +130,9 @@ class RunFolder(pl.Callback):
             }
             if monitor.left_out:
                 facts["knn"]["unreadable_images"] = monitor.left_out
+        for callback in trainer.callbacks:
+            if isinstance(callback, SummaryFacts):
+                facts |= callback.facts()
         return facts
 
     def _replace_encoder(self, pl_module: Any, facts: dict[str, Any]) -> None:

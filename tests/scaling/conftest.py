@@ -1,0 +1,3 @@
+from tests.pretraining.conftest import images
+
+__all__ = ["images"]
