@@ -55,6 +55,8 @@ def run_scorecard(
     seeds: int | None = None,
     seed: int = 0,
     finetune_epochs: int | None = None,
+    finetune_learning_rate: float | None = None,
+    finetune_batch_size: int | None = None,
     resamples: int = 2000,
     permutations: int = 100_000,
     batch_size: int = 256,
@@ -80,6 +82,8 @@ def run_scorecard(
         seeds: draws of few labels; 5 of k-shot, else 1, where not given.
         seed: of the first draw, and of the parts that choices are made on.
         finetune_epochs: of the task finetune; SimCLR's where not given, 60 with less than 5% of the labels and else 30.
+        finetune_learning_rate: times batch / 256; SimCLR's .05 where not given.
+        finetune_batch_size: images a step, at most the labelled ones; 256 where not given.
         resamples: of the bootstrap that gives the intervals.
         permutations: of the test between two encoders.
         batch_size: images a forward.
@@ -104,7 +108,16 @@ def run_scorecard(
         there = _device(device)
         entrants = [Entrant(spec, *_open(spec, data)) for spec in encoders]
         _require_same_images(entrants)
-        protocol = Protocol(k, temperature, seeds, seed, finetune_epochs, allow_missing_classes)
+        protocol = Protocol(
+            k,
+            temperature,
+            seeds,
+            seed,
+            finetune_epochs,
+            finetune_learning_rate,
+            finetune_batch_size,
+            allow_missing_classes,
+        )
         possible, skipped = doable(entrants, wanted, protocol, skip=tasks is None)
         transfers = None if suite is None else Transfers.plan(entrants, suite, root, suite_labels.split(","), protocol)
         work = Work(batch_size, data.workers(entrants[0].train), there, cache or folder / _FEATURES)

@@ -59,6 +59,10 @@ class Protocol:
     """Of the first draw, and of the parts that choices are made on."""
     finetune_epochs: int | None = None
     """None: those of SimCLR's protocol, by the share of the labels."""
+    finetune_learning_rate: float | None = None
+    """Base rate, times batch / 256. None: SimCLR's."""
+    finetune_batch_size: int | None = None
+    """None: 256, or the labelled images where they are fewer."""
     allow_missing_classes: bool = False
 
 
@@ -129,7 +133,11 @@ def _check(entrant: Entrant, task: Task, protocol: Protocol) -> None:
         )
     if task.kind == "finetune":
         check_crops(entrant.transform)
-        finetune_settings(epochs=protocol.finetune_epochs)
+        finetune_settings(
+            epochs=protocol.finetune_epochs,
+            learning_rate=protocol.finetune_learning_rate,
+            batch_size=protocol.finetune_batch_size,
+        )
     if task.kind == "linear":
         check_choice(chosen.selections, entrant.train.labels, "l2")
 
@@ -183,6 +191,8 @@ def _finetune(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> M
         entrant.train,
         entrant.test,
         epochs=protocol.finetune_epochs,
+        learning_rate=protocol.finetune_learning_rate,
+        finetune_batch_size=protocol.finetune_batch_size,
         **settings,
     )
 
@@ -198,7 +208,8 @@ def _key(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> str:
     """sha256, shortened, of all that the result depends on."""
     facts = {
         "task": [task.kind, task.labels, task.budget.is_all],
-        "protocol": vars(protocol),
+        # What another kind of task alone looks at is no reason to make this one again.
+        "protocol": {name: value for name, value in vars(protocol).items() if _counts_for(name, task.kind)},
         "encoder": [entrant.spec, encoder_fingerprint(entrant.encoder), repr(entrant.transform)],
         "images": [entrant.train.fingerprint(), entrant.test.fingerprint()],
         "work": [work.batch_size, str(work.device)],
@@ -207,6 +218,12 @@ def _key(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> str:
     if task.budget.file is not None:
         facts["list"] = hashlib.sha256(Path(task.budget.file).read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _counts_for(setting: str, kind: str) -> bool:
+    if setting in ("k", "temperature"):
+        return kind == "knn"
+    return kind == "finetune" or not setting.startswith("finetune_")
 
 
 class _Kept:

@@ -116,6 +116,8 @@ def test_it_is_made_anew_where_anything_differs(tmp_path: Path, change: str) -> 
         "task": lambda: evaluate(entrant(), Task("knn", "0.5"), Protocol(k=5), Work(), tmp_path),
     }
     other[change]()
+    # Settings of other tasks count for nothing.
+    evaluate(entrant(), Task("knn"), Protocol(k=5, finetune_epochs=3), Work(), tmp_path)
     assert (before, len(list(tmp_path.glob("*.json")))) == (1, 2)
 
 
