@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES = {"knn": ":", "linear": "-", "finetune": "--", TRANSFER: "-."}
+_FILLS = {"knn": "left", "linear": "full", "finetune": "none"}
 _MARKERS = "osD^vP*X"
 
 
@@ -25,13 +26,11 @@ def plot_labels(card: Scorecard, path: str | os.PathLike[str]) -> Path | None:
         InputError: the file exists, or its folder does not.
     """
     by_kind = {kind: [row for row in card.rows if row.task.kind == kind] for kind in KINDS}
-    by_kind = {kind: rows for kind, rows in by_kind.items() if len({_labels(row) for row in rows}) > 1}
-    if not by_kind:
+    if max(len({_labels(row) for row in rows}) for rows in by_kind.values()) < 2:
         return None
 
     def draw(axes: "Axes") -> None:
-        for kind, rows in by_kind.items():
-            rows = sorted(rows, key=_labels)
+        for kind, rows in ((kind, sorted(rows, key=_labels)) for kind, rows in by_kind.items() if rows):
             for number, contestant in enumerate(card.contestants):
                 means = [row.cells[number].mean for row in rows]
                 intervals = [row.intervals[number] for row in rows]
@@ -45,6 +44,7 @@ def plot_labels(card: Scorecard, path: str | os.PathLike[str]) -> Path | None:
                     color=f"C{number}",
                     linestyle=_STYLES[kind],
                     marker=_MARKERS[number % len(_MARKERS)],
+                    fillstyle=_FILLS[kind],
                     capsize=3,
                     label=f"{contestant.spec}, {KINDS[kind]}",
                 )
@@ -98,13 +98,14 @@ def _plot(card: Scorecard, draw: Callable[["Axes"], None], path: str | os.PathLi
     from matplotlib.figure import Figure
 
     file = require_new_file(path)
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
     record = card.rows[0].cells[0].record
     axes.set_ylabel("top-1 accuracy, %" if {row.metric for row in card.rows} == {"top1"} else "value, %")
     axes.set_title(f"{record['test']['name']}, {record['test']['images']:,} test images")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    # Below, where the names of encoders, which may be long paths, have room.
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside lower center")
     figure.savefig(file, dpi=150)
     return file

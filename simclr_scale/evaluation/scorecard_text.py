@@ -54,16 +54,11 @@ def _title(card: Scorecard) -> str:
 
 def _tables(card: Scorecard) -> list[Table]:
     names = [contestant.spec for contestant in card.contestants]
-    shown = any(row.published for row in card.rows)
-    rows = [
-        [
-            _named(row),
-            *(_value(row, number) for number in range(len(names))),
-            *(["; ".join(f"{one.value:.1%} {one.encoder} ({one.source})" for one in row.published)] if shown else []),
-        ]
-        for row in card.rows
-    ]
-    tables: list[Table] = [(_title(card), ["evaluation", *names, *(["published"] if shown else [])], rows)]
+    rows = [[_named(row), *(_value(row, number) for number in range(len(names)))] for row in card.rows]
+    tables: list[Table] = [(_title(card), ["evaluation", *names], rows)]
+    others = [[_named(row), f"{one.value:.1%}", one.encoder, one.source] for row in card.rows for one in row.published]
+    if others:
+        tables.append(("Published, by the same protocol", ["evaluation", "value", "encoder", "source"], others))
     if len(names) > 1 and card.rows:
         compared = [
             [_named(row), *(f"{one.difference:+.1%}, p {_p(one.p_value)}" for one in row.comparisons)]
