@@ -265,16 +265,22 @@ def test_killed_the_moment_a_checkpoint_appears(images: Path, tmp_path: Path, ap
 
 
 @pytest.mark.slow
-def test_begun_on_two_processes_and_ended_on_one(images: Path, tmp_path: Path) -> None:
-    """In the middle of an epoch: both see the same images in the same order, whoever takes which."""
-    options = ("--trainer.max_epochs", "3", *MID_EPOCH)
+def test_begun_on_four_processes_gone_on_with_on_two_and_ended_on_one(images: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch: all see the same images in the same order, whoever takes which, at the same rate."""
+    options = ("--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "1", *MID_EPOCH)
     pretrain(arguments(images, tmp_path, "unbroken", *options))
     command = [*arguments(images, tmp_path, "broken", *options), "--resume", "auto"]
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    kill_when(tmp_path / "broken" / "checkpoints" / "step=8.ckpt", [*command, *two])
+    for count, checkpoint in ((4, "step=4.ckpt"), (2, "step=12.ckpt")):
+        some = ("--trainer.devices", str(count), "--trainer.strategy", "ddp")
+        kill_when(tmp_path / "broken" / "checkpoints" / checkpoint, [*command, *some])
     seen = StepsSeen()
     pretrain(command, seen)
-    assert seen.steps[0] >= 8
-    before, after = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("unbroken", "broken"))
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-4, msg=key)
+    assert seen.steps[0] >= 12
+    before, after = (metrics(tmp_path / name) for name in ("unbroken", "broken"))
+    assert [row["step"] for row in before] == [row["step"] for row in after]
+    for row, other in zip(before, after, strict=True):
+        assert row["learning_rate"] == other["learning_rate"]
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), abs=1e-4)
+    before_state, after_state = (last_checkpoint(tmp_path / name)["state_dict"] for name in ("unbroken", "broken"))
+    for key, value in before_state.items():
+        torch.testing.assert_close(after_state[key], value, rtol=1e-4, atol=1e-4, msg=key)
