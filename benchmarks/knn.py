@@ -90,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.f32"
         labels = write_features(path, options.images)
-        features = np.memmap(path, dtype=np.float32, mode="r", shape=(options.images, WIDTH))
+        features = np.memmap(path, dtype=np.float32, mode="c", shape=(options.images, WIDTH))
         truth = np.random.default_rng(3).integers(CLASSES, size=options.test_images)
         test = draw_features(truth, seed=options.images)
         start = time.perf_counter()
