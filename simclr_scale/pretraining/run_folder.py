@@ -93,13 +93,18 @@ class RunFolder(pl.Callback):
         scores = monitor.scores(trainer, pl_module) if monitor is not None else {}
         if not trainer.is_global_zero:
             return
-        summary = self._summary(trainer, monitor, scores)
+        # A start that found the run finished has measured nothing: what an earlier one has written of it stays.
+        summary = self._written_before() | self._summary(trainer, monitor, scores)
         if pl_module.transform is not None and hasattr(pl_module.encoder, "architecture"):
             self._replace_encoder(pl_module, summary)
         beside = self.folder / ".summary.json.partial"
         beside.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(beside, self.folder / "summary.json")
         self._tell(trainer, pl_module, scores)
+
+    def _written_before(self) -> dict[str, Any]:
+        file = self.folder / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     def _summary(self, trainer: Any, monitor: KNNMonitor | None, scores: dict[str, float]) -> dict[str, Any]:
         data = trainer.datamodule

@@ -104,10 +104,12 @@ def test_a_job_of_two_tasks_is_one_run_and_continues_itself(job: dict[str, str],
     encoders = [load_encoder(tmp_path / "runs" / name)[0] for name in (folder.name, "local")]
     assert encoder_fingerprint(encoders[0]) == encoder_fingerprint(encoders[1])
 
-    before = files_below(folder)
+    before = files_below(folder / "checkpoints")
     again = run(*script, cwd=tmp_path, env=job)
     assert again.returncode == 0, again.stderr
-    assert files_below(folder) == before
+    assert files_below(folder / "checkpoints") == before
+    once_more = json.loads((folder / "summary.json").read_text())
+    assert {**once_more, "seconds": 0} == {**summary, "seconds": 0}
 
 
 def test_staging_copies_what_is_missing_and_says_where_it_is(job: dict[str, str], tmp_path: Path) -> None:

@@ -235,6 +235,9 @@ def test_a_finished_run_stays_as_it_is(images: Path, tmp_path: Path) -> None:
     pretrain([*command, "--resume", "auto"], seen)
     assert seen.steps == []
     assert_same_run(tmp_path / "copy", tmp_path / "done")
+    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("copy", "done"))
+    assert before["scaling"]["steps_timed"] == STEPS_AN_EPOCH - 1
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
 
 
 def kill_when(appears: Path, command: list[str]) -> None:
