@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
@@ -19,12 +20,14 @@ from simclr_scale.cli.precision import Trainer, fastest_precision
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.data.workers import killed_workers_explained
-from simclr_scale.errors import InputError
+from simclr_scale.errors import InputError, Preempted
+from simclr_scale.pretraining.agreement import Agreement
 from simclr_scale.pretraining.bad_files import BadFiles
 from simclr_scale.pretraining.checkpointing import RunCheckpoint
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
 from simclr_scale.pretraining.logger import RunLogger
+from simclr_scale.pretraining.preemption import Preemption
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
@@ -182,6 +185,7 @@ class PretrainCLI(LightningCLI):
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         further_callbacks = config.get("callbacks") or []
         config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait()]
+        config["callbacks"] += [Agreement(), Preemption(folder.name)]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(
@@ -221,6 +225,11 @@ def _check_same_run(cli: PretrainCLI, start: Start) -> None:
         )
 
 
+def _launched_by_lightning(trainer: Any) -> bool:
+    """Whether this process was started by that of the first local rank, which the user's shell waits for."""
+    return trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+
+
 def _quieten() -> None:
     """Keeps what Lightning says to its developers, hints and advertisements from the user's screen."""
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -241,4 +250,9 @@ def main(argv: list[str]) -> None:
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     name = cli.start.folder.name
     with killed_workers_explained(f"; then --resume auto --name {name} continues from the last checkpoint"):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except Preempted:
+            # Lightning kills the process that launched the others as soon as one of them has another status than 0.
+            if not _launched_by_lightning(cli.trainer):
+                raise

@@ -17,7 +17,7 @@ from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.subsets import check_subset, take_subset
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.waiting import TimedLoader, WaitClock
-from simclr_scale.data.workers import default_workers
+from simclr_scale.data.workers import default_workers, outlive_first_sigterm
 from simclr_scale.errors import InputError
 
 _FEW_IMAGES = 1000
@@ -229,6 +229,7 @@ class SimCLRDataModule(pl.LightningDataModule):
             batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=keep,
+            worker_init_fn=outlive_first_sigterm,
             persistent_workers=workers > 0,
             pin_memory=device is not None and device.type == "cuda",
         )

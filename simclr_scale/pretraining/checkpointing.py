@@ -36,6 +36,11 @@ class RunCheckpoint(Checkpoint):
         self.folder: Path | None = None
         self._last_step = -1
         self._written: Path | None = None
+        self._requested = False
+
+    def request(self) -> None:
+        """Asks, on every rank at the same step, for a checkpoint at the end of the step that is under way."""
+        self._requested = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.folder is not None and trainer.is_global_zero:
@@ -43,33 +48,36 @@ class RunCheckpoint(Checkpoint):
                 leftover.unlink()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._publish(trainer)
+        self.publish_written(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # The last batch of an epoch is left to the end of the epoch, whose state differs from that of its middle.
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        due = self._requested or (self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0)
         if not trainer.is_last_batch and (due or _stops_here(trainer)):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs = trainer.current_epoch + 1
-        if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs or _stops_here(trainer):
+        due = self._requested or epochs % self.every_n_epochs == 0
+        if due or epochs == trainer.max_epochs or _stops_here(trainer):
             self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._publish(trainer)
+        self.publish_written(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._publish(trainer)
+        self.publish_written(trainer)
 
     def _write(self, trainer: Any) -> None:
+        self._requested = False
         if self.folder is None or trainer.global_step == self._last_step or trainer.fast_dev_run:
             return
         beside = self.folder / f".step={trainer.global_step}.ckpt.partial"
         trainer.save_checkpoint(beside)
         self._written, self._last_step = beside, trainer.global_step
 
-    def _publish(self, trainer: pl.Trainer) -> None:
+    def publish_written(self, trainer: pl.Trainer) -> None:
+        """Moves what was written at the last step into place; only once the metrics of that step are logged."""
         written, self._written = self._written, None
         if written is None or not trainer.is_global_zero:
             return
