@@ -23,6 +23,7 @@ from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError, Preempted
 from simclr_scale.pretraining.agreement import Agreement
 from simclr_scale.pretraining.bad_files import BadFiles
+from simclr_scale.pretraining.bad_steps import BadSteps
 from simclr_scale.pretraining.checkpointing import RunCheckpoint
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
@@ -142,6 +143,9 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
         parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
+        parser.add_argument(
+            "--max_bad_steps", type=int, default=10, help="steps in a row without a finite loss or gradient to end at"
+        )
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
@@ -166,6 +170,8 @@ class PretrainCLI(LightningCLI):
         if self.config.trainer.precision == "auto":
             # Before the configuration is saved: a run goes on with the precision that it began with.
             self.config.trainer.precision = fastest_precision(self.config.trainer.accelerator)
+        if self.config.max_bad_steps < 1:
+            raise InputError(f"--max_bad_steps must be at least 1, got {self.config.max_bad_steps}")
         threads = self.config.threads
         if threads is not None:
             if threads < 1:
@@ -185,7 +191,7 @@ class PretrainCLI(LightningCLI):
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         further_callbacks = config.get("callbacks") or []
         config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait()]
-        config["callbacks"] += [Agreement(), Preemption(folder.name)]
+        config["callbacks"] += [Agreement(), BadSteps(self.config.max_bad_steps, folder), Preemption(folder.name)]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(

@@ -31,6 +31,7 @@ _HARMLESS = (
     "data.num_workers",
     "data.in_memory",
     "data.max_bad_fraction",
+    "max_bad_steps",
     "trainer.max_time",
     "checkpoint",
     "knn.every_n_epochs",

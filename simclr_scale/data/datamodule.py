@@ -1,5 +1,6 @@
 """The data of a pretraining run, for Lightning."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -10,7 +11,7 @@ from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Pr
 from simclr_scale.data.memory import PixelTable, load_pixels
 from simclr_scale.data.pixels import ValueRange, as_value_range, channels_of, measure_value_range, takes_value_range
 from simclr_scale.data.reading import first_readable
-from simclr_scale.data.sampler import GlobalBatchSampler, Position
+from simclr_scale.data.sampler import GlobalBatchSampler, Key, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.sources.arrays import ChannelAxis
 from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
@@ -145,6 +146,14 @@ class SimCLRDataModule(pl.LightningDataModule):
         return ViewsDataset(
             source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable, self.value_range
         )
+
+    def batch_of(self, epoch: int, place: int, indices: Sequence[int]) -> Batch:
+        """The finished views of some training images, as the batch at a place in an epoch, from 0, has them."""
+        if self._dataset is None:
+            self.setup()
+        assert self._dataset is not None
+        batch = self._dataset.__getitems__([Key(epoch, index, place) for index in indices])
+        return finish_views(batch, self.augmentation, self.image_size)
 
     def open_training_images(self) -> Source:
         """The images to train on: the training part, or a subset of it."""
