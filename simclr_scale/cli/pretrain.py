@@ -15,6 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from simclr_scale.cli.lost_files import lost_files_explained
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
 from simclr_scale.cli.precision import Trainer, fastest_precision
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> None:
             progress.say(note)
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     name = cli.start.folder.name
-    with killed_workers_explained(f"; then --resume auto --name {name} continues from the last checkpoint"):
+    continues = f"--resume auto --name {name} continues from the last checkpoint"
+    with killed_workers_explained(f"; then {continues}"), lost_files_explained(cli.config.data.source, continues):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Preempted:
