@@ -36,4 +36,6 @@ def lost_files_explained(source: str, afterwards: str) -> Iterator[None]:
         if error.errno not in _OF_THE_FILE_SYSTEM:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise RunFailed(f"{where}{error.strerror}; once that is mended, {afterwards}") from error
+        raise RunFailed(
+            f"a file of the run cannot be read or written: {where}{error.strerror}; once that is mended, {afterwards}"
+        ) from error

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ class RunCheckpoint(Checkpoint, Voter):
             trainer.save_checkpoint(beside)
         except OSError as error:
             failure = self._failure(error, trainer.global_step)
-            beside.unlink(missing_ok=True)  # half a file, whose room the end of the run may want
+            with suppress(
+                OSError
+            ):  # half a file, whose room the end of the run may want; where even that fails, it stays
+                beside.unlink()
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         _fail_together(trainer, failure)
         self._written, self._last_step = beside, trainer.global_step
@@ -144,14 +148,11 @@ class RunCheckpoint(Checkpoint, Voter):
 
     def _failure(self, error: OSError, step: int) -> str:
         assert self.folder is not None
-        while isinstance(error.__context__, OSError):  # a failure to clear away after the one that counts
-            error = error.__context__
         lying = [path for path in checkpoints(self.folder) if _step(path) < step]
-        last = f"{lying[0]} is whole, and --resume auto --name {self.folder.parent.name} continues from it"
-        return (
-            f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; "
-            f"{last if lying else 'there is no earlier one'}"
-        )
+        last = "there is no earlier one"
+        if lying:
+            last = f"{lying[0]} is whole, and --resume auto --name {self.folder.parent.name} continues from it"
+        return f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; {last}"
 
 
 def _fail_together(trainer: Any, failure: str | None) -> None:
