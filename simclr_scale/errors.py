@@ -14,3 +14,10 @@ class RunFailed(RuntimeError):
 
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+class Preempted(RuntimeError):
+    """The run was told to end, by a signal, and has written its checkpoint: the message says how to continue.
+
+    The command line prints it without a traceback and exits with status 143, that of a process ended by SIGTERM.
+    """

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from simclr_scale.bundle.elsewhere import points_elsewhere
 from simclr_scale.bundle.saving import BUNDLE_KEY, CONFIG, WEIGHTS, transform_of
 from simclr_scale.bundle.transform import ImageTransform
 from simclr_scale.errors import InputError
@@ -136,6 +137,8 @@ def weights_below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _build(config: Any, weights: Mapping[str, Any], where: str) -> tuple[nn.Module, ImageTransform]:
     """The encoder and transform that ``config`` (see ``encoder_config``) describes, with these weights."""
+    if isinstance(config, Mapping) and (entry := points_elsewhere(config)):
+        raise InputError(f"{where} points elsewhere, and is not opened: {entry}")
     try:
         name, arguments = config["architecture"], {**config["model_args"], "pretrained": False}
         del arguments["num_classes"]

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from simclr_scale import __version__
-from simclr_scale.errors import InputError, RunFailed
+from simclr_scale.errors import InputError, Preempted, RunFailed
 
 PROGRAM = "simclr-scale"
 
@@ -42,7 +42,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0 done, 2 the user's to mend, 1 ended by the machine."""
+    """Runs a command and returns the exit status.
+
+    0: done; 2: the user's to mend; 1: ended by the machine; 143: ended by a signal, with a checkpoint.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_table())
@@ -64,16 +67,24 @@ def main(argv: list[str] | None = None) -> int:
         # What kills a process on one rank need not happen on the first.
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
         return 1
+    except Preempted as error:
+        if _is_first_rank():
+            print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
+        return 143
     return 0
 
 
 def fail(message: str, command: str = "") -> int:
     """Prints one line on standard error, on the first rank alone, and returns the exit status for bad input."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
+    if _is_first_rank():
         # From a loader's worker, the message comes at the end of that process's traceback.
         one_line = " ".join(message.rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].split())
         print(f"{PROGRAM}{f' {command}' if command else ''}: error: {one_line}", file=sys.stderr)
     return 2
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0"
 
 
 def _table() -> str:

@@ -13,20 +13,25 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simclr_scale.cli.auto import replace_auto
+from simclr_scale.cli.lost_files import lost_files_explained
 from simclr_scale.cli.parsing import OneLineErrors, RecipeFile, ShortHelp
 from simclr_scale.cli.precision import Trainer, fastest_precision
 from simclr_scale.cli.resume import RUNS_DIR, Start, config_differences, config_of_resumed_run, find_start
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.data.workers import killed_workers_explained
-from simclr_scale.errors import InputError
+from simclr_scale.errors import InputError, Preempted
+from simclr_scale.pretraining.agreement import Agreement
 from simclr_scale.pretraining.bad_files import BadFiles
+from simclr_scale.pretraining.bad_steps import BadSteps
 from simclr_scale.pretraining.checkpointing import RunCheckpoint
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
 from simclr_scale.pretraining.logger import RunLogger
+from simclr_scale.pretraining.preemption import Preemption
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
@@ -145,6 +150,9 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
         parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
+        parser.add_argument(
+            "--max_bad_steps", type=int, default=10, help="steps in a row without a finite loss or gradient to end at"
+        )
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
@@ -174,6 +182,8 @@ class PretrainCLI(LightningCLI):
         if self.config.trainer.precision == "auto":
             # Before the configuration is saved: a run goes on with the precision that it began with.
             self.config.trainer.precision = fastest_precision(self.config.trainer.accelerator)
+        if self.config.max_bad_steps < 1:
+            raise InputError(f"--max_bad_steps must be at least 1, got {self.config.max_bad_steps}")
         self.set_threads()
         self.start = find_start(self.config, lambda: _default_name(self.config))
         if self.start.checkpoint is not None:
@@ -196,6 +206,7 @@ class PretrainCLI(LightningCLI):
         run_folder = RunFolder(folder, self.saved_config(), resumed=self.start.resumes, console=progress.console)
         further_callbacks = config.get("callbacks") or []
         config["callbacks"] = [*further_callbacks, progress, run_folder, BadFiles(folder), DataWait(), ScalingRecord()]
+        config["callbacks"] += [Agreement(), BadSteps(self.config.max_bad_steps, folder), Preemption(folder.name)]
         loggers = [RunLogger(folder), *extra]
         try:
             return super().instantiate_trainer(
@@ -235,6 +246,11 @@ def _check_same_run(cli: PretrainCLI, start: Start) -> None:
         )
 
 
+def _launched_by_lightning(trainer: Any) -> bool:
+    """Whether this process was started by that of the first local rank, which the user's shell waits for."""
+    return trainer.local_rank > 0 and isinstance(trainer.strategy.cluster_environment, LightningEnvironment)
+
+
 def quieten() -> None:
     """Keeps what Lightning says to its developers, hints and advertisements from the user's screen."""
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -254,5 +270,11 @@ def main(argv: list[str]) -> None:
             progress.say(note)
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     name = cli.start.folder.name
-    with killed_workers_explained(f"; then --resume auto --name {name} continues from the last checkpoint"):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    continues = f"--resume auto --name {name} continues from the last checkpoint"
+    with killed_workers_explained(f"; then {continues}"), lost_files_explained(cli.config.data.source, continues):
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except Preempted:
+            # Lightning kills the process that launched the others as soon as one of them has another status than 0.
+            if not _launched_by_lightning(cli.trainer):
+                raise

@@ -1,6 +1,7 @@
 """Where a run starts: anew, or from a checkpoint of a run that must be the same one."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _HARMLESS = (
     "data.num_workers",
     "data.in_memory",
     "data.max_bad_fraction",
+    "max_bad_steps",
     "trainer.max_time",
     "checkpoint",
     "knn.every_n_epochs",
@@ -79,6 +81,7 @@ def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
         folder = runs / (name or default_name())
         if folder.exists():
             raise InputError(f"run {folder} exists already; give another --name, or continue it with --resume auto")
+        _require_writable(folder)
         return Start(folder, None, False, [])
     if resume != "auto":
         checkpoint = Path(resume)
@@ -88,10 +91,12 @@ def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
         folder = runs / name if name else checkpoint.resolve().parent.parent
         if not (folder / CONFIG).is_file():
             raise InputError(f"--resume {resume}: {folder} is not a run, it has no {CONFIG}")
+        _require_writable(folder)
         return Start(folder, checkpoint, True, [])
     if name is None:
         raise InputError("--resume auto needs --name: which run to continue")
     folder = runs / name
+    _require_writable(folder)
     if not folder.exists():
         return Start(folder, None, False, [f"there is no run {folder} yet: starting it"])
     checkpoint_or_none, damaged = newest_intact(folder / "checkpoints")
@@ -101,6 +106,20 @@ def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
             raise InputError(f"no checkpoint of run {folder} is intact; {damaged[0]} is damaged")
         return Start(folder, None, True, [f"run {folder} has no checkpoint yet: starting from its beginning"])
     return Start(folder, checkpoint_or_none, True, [*notes, f"continuing from {checkpoint_or_none}"])
+
+
+def _require_writable(folder: Path) -> None:
+    """Whether a run could write there, before it is set up."""
+    for place in (folder / "checkpoints", folder, *folder.absolute().parents):
+        if not os.path.lexists(place):
+            continue
+        if not place.is_dir():
+            raise InputError(f"{place} is not a folder, so no run can be kept there: give another --runs_dir")
+        effective = os.access in os.supports_effective_ids
+        if not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+            raise InputError(f"{place} cannot be written to (its permissions, or a read-only file system)")
+        if place != folder / "checkpoints":
+            return
 
 
 def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:

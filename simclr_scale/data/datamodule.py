@@ -1,5 +1,6 @@
 """The data of a pretraining run, for Lightning."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -10,14 +11,14 @@ from simclr_scale.data.augmentation import ColorOps, CropSampling, Overrides, Pr
 from simclr_scale.data.memory import PixelTable, load_pixels
 from simclr_scale.data.pixels import ValueRange, as_value_range, channels_of, measure_value_range, takes_value_range
 from simclr_scale.data.reading import first_readable
-from simclr_scale.data.sampler import GlobalBatchSampler, Position
+from simclr_scale.data.sampler import GlobalBatchSampler, Key, Position
 from simclr_scale.data.sources import Source, open_source
 from simclr_scale.data.sources.arrays import ChannelAxis
 from simclr_scale.data.sources.opening import DEFAULT_PATCH_SIZE
 from simclr_scale.data.subsets import check_subset, take_subset
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.waiting import TimedLoader, WaitClock
-from simclr_scale.data.workers import default_workers
+from simclr_scale.data.workers import default_workers, outlive_first_sigterm
 from simclr_scale.errors import InputError
 
 _FEW_IMAGES = 1000
@@ -146,6 +147,14 @@ class SimCLRDataModule(pl.LightningDataModule):
             source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable, self.value_range
         )
 
+    def batch_of(self, epoch: int, place: int, indices: Sequence[int]) -> Batch:
+        """The finished views of some training images, as the batch at a place in an epoch, from 0, has them."""
+        if self._dataset is None:
+            self.setup()
+        assert self._dataset is not None
+        batch = self._dataset.__getitems__([Key(epoch, index, place) for index in indices])
+        return finish_views(batch, self.augmentation, self.image_size)
+
     def open_training_images(self) -> Source:
         """The images to train on: the training part, or a subset of it."""
         return take_subset(self.open_part("train"), self.subset, self.seed)
@@ -229,6 +238,7 @@ class SimCLRDataModule(pl.LightningDataModule):
             batch_sampler=self._sampler,
             num_workers=workers,
             collate_fn=keep,
+            worker_init_fn=outlive_first_sigterm,
             persistent_workers=workers > 0,
             pin_memory=device is not None and device.type == "cuda",
         )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,16 @@ def default_workers(processes_beside: int = 1) -> int:
     """One for each core this process may use, shared with the other ranks on the machine, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MOST, cores // processes_beside))
+
+
+def outlive_first_sigterm(_worker: int = 0) -> None:
+    """For ``worker_init_fn``: a worker ends with its run, not with the signals that its run is sent.
+
+    A scheduler signals all processes of a job, and the run then wants its batches until its checkpoint is written. The
+    second SIGTERM ends the worker: the one by which multiprocessing ends what is left when the run itself ends.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @contextmanager

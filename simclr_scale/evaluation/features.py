@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from simclr_scale.data.sources import Source
+from simclr_scale.data.workers import outlive_first_sigterm
 from simclr_scale.distributed import all_gather, require_equal_across_ranks, world
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.cache import CachedFeatures, MemoryFeatures, features_facts, open_cache
@@ -68,6 +69,7 @@ def image_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate_readable,
+        worker_init_fn=outlive_first_sigterm,
         pin_memory=torch.cuda.is_available(),
     )
 

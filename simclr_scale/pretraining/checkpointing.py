@@ -1,22 +1,26 @@
 """Checkpoints that are whole or not there: written beside, checksummed, moved into place."""
 
 import hashlib
+import math
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from simclr_scale.errors import InputError
+from simclr_scale.errors import InputError, RunFailed
+from simclr_scale.pretraining.agreement import Agreement, Voter
 
 _NAME = re.compile(r"step=\d+\.ckpt")
 LAST = "last.ckpt"
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(Checkpoint, Voter):
     """Keeps the newest checkpoints of a run as ``step=N.ckpt``, each with a ``.sha256``, and ``last.ckpt``.
 
     A checkpoint appears once the metrics of its last step are logged: it is written at the end of a step or an epoch,
@@ -26,53 +30,112 @@ class RunCheckpoint(Checkpoint):
         every_n_epochs: epochs between checkpoints; there is always one at the end of training.
         every_n_steps: steps between further checkpoints within an epoch; None for none.
         keep: how many to keep.
+        every_n_minutes: minutes after which there is a further checkpoint, counted from the last one of any kind; None
+            for none. The ranks agree on the step through the callback ``Agreement``, which has to be there.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None, keep: int = 2) -> None:
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        keep: int = 2,
+        every_n_minutes: float | None = None,
+    ) -> None:
         for name, value in {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "keep": keep}.items():
             if value is not None and value < 1:
                 raise InputError(f"checkpoint.{name} must be at least 1, got {value}")
+        if every_n_minutes is not None and not 0 < every_n_minutes < math.inf:
+            raise InputError(f"checkpoint.every_n_minutes must be above 0, got {every_n_minutes}")
         self.every_n_epochs, self.every_n_steps, self.keep = every_n_epochs, every_n_steps, keep
+        self.every_n_minutes = every_n_minutes
+        self._last_time = time.monotonic()
         self.folder: Path | None = None
         self._last_step = -1
         self._written: Path | None = None
+        self._requested = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def request(self) -> None:
+        """Asks, on every rank at the same step, for a checkpoint at the end of the step that is under way."""
+        self._requested = True
+
+    def vote(self, trainer: Any, pl_module: Any) -> int:
+        if self.every_n_minutes is None:
+            return 0
+        return int(time.monotonic() - self._last_time >= 60 * self.every_n_minutes)
+
+    def decided(self, trainer: Any, pl_module: Any, vote: int) -> None:
+        if vote:
+            self.request()
+
+    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        self._last_time = time.monotonic()
+        if self.every_n_minutes is not None and not any(isinstance(other, Agreement) for other in trainer.callbacks):
+            raise InputError("checkpoint.every_n_minutes needs the callback Agreement among those of the trainer")
         if self.folder is not None and trainer.is_global_zero:
             for leftover in self.folder.glob(".*.partial"):
                 leftover.unlink()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._publish(trainer)
+        self.publish_written(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # The last batch of an epoch is left to the end of the epoch, whose state differs from that of its middle.
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        due = self._requested or (self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0)
         if not trainer.is_last_batch and (due or _stops_here(trainer)):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs = trainer.current_epoch + 1
-        if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs or _stops_here(trainer):
+        due = self._requested or epochs % self.every_n_epochs == 0
+        if due or epochs == trainer.max_epochs or _stops_here(trainer):
             self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._publish(trainer)
+        self.publish_written(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._publish(trainer)
+        if trainer.is_global_zero and self._written is not None:
+            try:
+                self._publish(self._written)
+            except OSError as error:
+                exception.add_note(self._failure(error, self._last_step))
 
     def _write(self, trainer: Any) -> None:
+        self._requested, self._last_time = False, time.monotonic()
         if self.folder is None or trainer.global_step == self._last_step or trainer.fast_dev_run:
             return
         beside = self.folder / f".step={trainer.global_step}.ckpt.partial"
-        trainer.save_checkpoint(beside)
+        failure = None
+        try:
+            trainer.save_checkpoint(beside)
+        except OSError as error:
+            failure = self._failure(error, trainer.global_step)
+            with suppress(
+                OSError
+            ):  # half a file, whose room the end of the run may want; where even that fails, it stays
+                beside.unlink()
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+        _fail_together(trainer, failure)
         self._written, self._last_step = beside, trainer.global_step
 
-    def _publish(self, trainer: pl.Trainer) -> None:
+    def publish_written(self, trainer: pl.Trainer) -> None:
+        """Moves what was written at the last step into place; only once the metrics of that step are logged.
+
+        Raises:
+            RunFailed: on all ranks, where the file system takes it not.
+        """
         written, self._written = self._written, None
-        if written is None or not trainer.is_global_zero:
+        if written is None:
             return
+        failure = None
+        if trainer.is_global_zero:
+            try:
+                self._publish(written)
+            except OSError as error:
+                failure = self._failure(error, self._last_step)
+        _fail_together(trainer, failure)
+
+    def _publish(self, written: Path) -> None:
         path = written.with_name(f"step={self._last_step}.ckpt")
         publish(written, path)
         saved = checkpoints(path.parent)
@@ -82,6 +145,20 @@ class RunCheckpoint(Checkpoint):
             if old not in kept:
                 _checksum_path(old).unlink(missing_ok=True)
                 old.unlink()
+
+    def _failure(self, error: OSError, step: int) -> str:
+        assert self.folder is not None
+        lying = [path for path in checkpoints(self.folder) if _step(path) < step]
+        last = "there is no earlier one"
+        if lying:
+            last = f"{lying[0]} is whole, and --resume auto --name {self.folder.parent.name} continues from it"
+        return f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; {last}"
+
+
+def _fail_together(trainer: Any, failure: str | None) -> None:
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise RunFailed(failure)
 
 
 def _stops_here(trainer: pl.Trainer) -> bool:

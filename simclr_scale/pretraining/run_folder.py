@@ -18,6 +18,7 @@ from simclr_scale.bundle import save_encoder
 from simclr_scale.errors import InputError
 from simclr_scale.models import ProjectionHead
 from simclr_scale.pretraining.bad_files import BadFiles
+from simclr_scale.pretraining.bad_steps import BadSteps
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor, baselines_for, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
@@ -122,6 +123,8 @@ class RunFolder(pl.Callback):
         }
         if (bad_files := _callback(trainer, BadFiles)) is not None:
             facts["unreadable_images"] = len(bad_files.unreadable)
+        if (bad_steps := _callback(trainer, BadSteps)) is not None:
+            facts["bad_steps"] = bad_steps.total
         if (data_wait := _callback(trainer, DataWait)) is not None and data_wait.share is not None:
             facts["data_wait"] = round(data_wait.share, 4)
         if scores and monitor is not None:

@@ -96,6 +96,8 @@ class SimCLR(pl.LightningModule):
         self.loss = NTXentLoss(temperature) if loss is None else loss
         self.probe: OnlineProbe | None = None
         self._probe_state: dict[str, Any] | None = None
+        self._for_probe: tuple[Tensor, Tensor] | None = None
+        self.step_is_skipped = False  # by the callback BadSteps, between the backward pass and the optimizer's step
         self.transform: ImageTransform | None = None
         self._optimizer = optimizer
         self.base_learning_rate = DEFAULT_BASE_LEARNING_RATE[lr_scaling] if learning_rate is None else learning_rate
@@ -187,14 +189,19 @@ class SimCLR(pl.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True)
         if self.probe is not None and labels is not None:
             # Each image counts once: its first view.
-            probe_loss, probe_accuracy = self.probe.update(h[: len(labels)], labels)
-            self.log_dict({"probe_loss": probe_loss, "probe_accuracy": probe_accuracy})
+            self._for_probe = h[: len(labels)].detach(), labels
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (self.global_step + 1) % interval == 0:
             # Only when it is shown: it costs a gather and a product of its own.
             self.log("contrastive_accuracy", contrastive_accuracy(z.detach()), prog_bar=True)
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss * self.loss_scale
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for_probe, self._for_probe = self._for_probe, None
+        if self.probe is not None and for_probe is not None and not self.step_is_skipped:
+            probe_loss, probe_accuracy = self.probe.update(*for_probe)
+            self.log_dict({"probe_loss": probe_loss, "probe_accuracy": probe_accuracy})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches

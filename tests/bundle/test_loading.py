@@ -171,10 +171,6 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         change_config(lambda config: config["model_args"].update(chanels=[1, 2, 3])),
         "takes no argument 'chanels'",
     ),
-    "saved weights as architecture": (
-        change_config(lambda config: config.update(architecture="hf-hub:someone/model")),
-        "names saved weights, not an architecture",
-    ),
 }
 
 
@@ -187,8 +183,31 @@ def test_a_spoilt_bundle_is_refused(fault: str, bundle: Path) -> None:
     assert refused.startswith(f"bundle {bundle}")
 
 
+ELSEWHERE: list[tuple[str, str, Any]] = [
+    *(("", "architecture", value) for value in ("hf-hub:someone/model", "local-dir:/etc", "/etc/passwd", "C:\\x")),
+    *(("", key, value) for key, value in {"pretrained": True, "url": "http://x"}.items()),
+    *(("model_args", key, True) for key in ("pretrained", "pretrained_strict", "custom_load")),
+    *(("model_args", key, "x") for key in ("checkpoint_path", "cache_dir", "file", "url", "pretrained_filter_fn")),
+    *(("model_args", key, {"file": "x"}) for key in ("pretrained_cfg", "pretrained_cfg_overlay")),
+    *(("model_args", "norm_layer", value) for value in ("/etc/passwd", "~/x", ["a", {"b": "file:///etc/passwd"}])),
+    *(("pretrained_cfg", key, "x") for key in ("file", "url", "hf_hub_id", "hf_hub_filename", "source")),
+    *(("pretrained_cfg", key, value) for key, value in {"custom_load": True, "state_dict": {"a": 1}}.items()),
+    ("pretrained_cfg", "custom_load", "hf"),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), ELSEWHERE)
+def test_a_bundle_that_points_elsewhere_is_refused(
+    part: str, key: str, value: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is built or looked up."""
+    change_config(lambda config: (config[part] if part else config).update({key: value}))(bundle)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("a model is built"))
+    refused = refusal(bundle)
+    assert refused.startswith(f"bundle {bundle} points elsewhere, and is not opened: {part}{'.' if part else ''}{key}")
+
+
 def test_a_bundle_makes_nobody_download_anything(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_config(lambda config: config["model_args"].update(pretrained=True))(bundle)
     asked = []
     create_model = timm.create_model
 

@@ -1,5 +1,7 @@
 """Small training runs in this process: a folder of images, the command line, and a plain Trainer."""
 
+import csv
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from simclr_scale import load_encoder
 from simclr_scale.cli.pretrain import main
 
 CLASSES = 3
@@ -114,6 +117,34 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [line for i, (x, y) in enumerate(zip(a, b, strict=True)) for line in differences(x, y, f"{path}[{i}]")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
     return [] if same else [path]
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, to the last digit, but for the one column that is a matter of time."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("data_wait")
+    return rows
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    before, after = last_checkpoint(a), last_checkpoint(b)
+    assert before["global_step"] > 0
+    for checkpoint in (before, after):
+        assert checkpoint["callbacks"]["RunFolder"].pop("seconds") > 0
+        waited = checkpoint["callbacks"].pop("DataWait")
+        assert 0 <= waited["waited"] <= waited["seconds"]
+    assert differences(before, after) == []
+    assert metrics(a) == metrics(b)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    for summary in summaries:
+        summary.pop("seconds")
+        # Of the last start alone, which may have less to time.
+        assert summary.pop("scaling")["global_batch_size"] == summary["global_batch_size"]
+        assert 0 <= summary.pop("data_wait") <= 1
+    assert summaries[0] == summaries[1]
+    assert differences(load_encoder(a)[0].state_dict(), load_encoder(b)[0].state_dict()) == []
 
 
 class Pairs(Dataset[Any]):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,10 +11,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.strategies import DDPStrategy
 
-from simclr_scale.errors import InputError
+from simclr_scale.errors import InputError, RunFailed
 from simclr_scale.models import create_encoder
 from simclr_scale.pretraining import SimCLR
+from simclr_scale.pretraining.agreement import Agreement
 from simclr_scale.pretraining.checkpointing import (
     LAST,
     RunCheckpoint,
@@ -23,6 +26,7 @@ from simclr_scale.pretraining.checkpointing import (
     publish,
 )
 from tests.pretraining.runs import QUIET, KillAt, Killed, fit
+from tests.pretraining.test_ranks import Pool
 
 pytestmark = QUIET
 
@@ -96,6 +100,67 @@ def test_appears_after_the_row_of_its_last_step(tmp_path: Path) -> None:
     assert logger.seen[4] == ["step=4.ckpt", "step=3.ckpt"]
 
 
+class Clock(pl.Callback):
+    """A minute passes in each step; the second rank's clock is ahead, as clocks are."""
+
+    now = 0.0
+
+    def __init__(self, ahead: float = 0.0) -> None:
+        Clock.now = ahead
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        Clock.now += 60.0
+
+
+def train_by_minutes(rank: int, world_size: int, folder: str) -> list[str]:
+    checkpoint = RunCheckpoint(every_n_epochs=9, every_n_minutes=2.5, keep=9)
+    checkpoint.folder = Path(folder)
+    options: dict[str, Any] = {"max_epochs": 3}
+    if world_size > 1:
+        strategy = DDPStrategy(cluster_environment=Pool(rank, world_size), process_group_backend="gloo")
+        options |= {"devices": world_size, "strategy": strategy, "use_distributed_sampler": False}
+    with mock.patch("simclr_scale.pretraining.checkpointing.time", SimpleNamespace(monotonic=lambda: Clock.now)):
+        model = SimCLR(create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)), warmup_epochs=0)
+        fit(model, Clock(), JumpAt(2 if rank else 99), Agreement(), checkpoint, enable_checkpointing=True, **options)
+    return names(Path(folder))
+
+
+class JumpAt(pl.Callback):
+    """The clock of one rank goes forward by two minutes."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            Clock.now += 120.0
+
+
+def test_every_n_minutes(tmp_path: Path) -> None:
+    """Nine steps of a minute in three epochs: after two and a half minutes comes the end of the third, and so on."""
+    assert train_by_minutes(0, 1, str(tmp_path)) == ["step=9.ckpt", "step=6.ckpt", "step=3.ckpt"]
+
+
+def test_every_n_minutes_where_clocks_differ(gloo, tmp_path: Path) -> None:
+    """The first clock that is due decides for all, and a checkpoint sets all of them back."""
+    left = gloo(2, train_by_minutes, str(tmp_path))
+    assert left[0] == ["step=9.ckpt", "step=8.ckpt", "step=5.ckpt", "step=2.ckpt"]
+
+
+def test_minutes_need_an_agreement(tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(every_n_minutes=1)
+    checkpoint.folder = tmp_path
+    model = SimCLR(create_encoder("simclr_resnet_tiny", channels=(2, 3, 4)), warmup_epochs=0)
+    with pytest.raises(InputError, match="every_n_minutes needs the callback Agreement"):
+        fit(model, checkpoint, enable_checkpointing=True)
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, float("inf"), float("nan")])
+def test_minutes_out_of_range(minutes: float) -> None:
+    with pytest.raises(InputError, match=r"checkpoint\.every_n_minutes must be above 0, got "):
+        RunCheckpoint(every_n_minutes=minutes)
+
+
 def test_last_is_the_newest_and_checksums_hold(tmp_path: Path) -> None:
     trainer = train(tmp_path)
     last = torch.load(tmp_path / LAST, weights_only=True)
@@ -128,7 +193,7 @@ def test_an_exception_does_not_cost_what_is_written(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_the_former_ones(tmp_path: Path) -> None:
-    """As on a full disk: half a file lies there, and is nobody's checkpoint."""
+    """Half a file is nobody's checkpoint, and does not stay."""
     save = pl.Trainer.save_checkpoint
 
     def full_disk(trainer: pl.Trainer, path: Path) -> None:
@@ -137,12 +202,13 @@ def test_a_write_that_fails_leaves_the_former_ones(tmp_path: Path) -> None:
         Path(path).write_bytes(b"half a checkpoint")
         raise OSError("no space left on device")
 
-    with mock.patch.object(pl.Trainer, "save_checkpoint", full_disk), pytest.raises(OSError, match="no space"):
+    with mock.patch.object(pl.Trainer, "save_checkpoint", full_disk), pytest.raises(RunFailed, match="no space"):
         train(tmp_path)
     assert names(tmp_path) == ["step=6.ckpt", "step=3.ckpt"]
     assert all(map(is_intact, checkpoints(tmp_path)))
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 6
-    assert (tmp_path / ".step=9.ckpt.partial").exists()
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".step=9.ckpt.partial").write_bytes(b"of a run that was killed")
     train(tmp_path)
     assert not list(tmp_path.glob(".*")), "the next start sweeps up"
 

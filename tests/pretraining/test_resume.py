@@ -1,6 +1,5 @@
 """A run that was interrupted and resumed ends as the run without a stop: bit for bit, and row for row."""
 
-import csv
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from simclr_scale import load_encoder
 from simclr_scale.pretraining.checkpointing import checkpoints
 from tests.data.damaged import damage
 from tests.pretraining.runs import (
@@ -26,8 +24,10 @@ from tests.pretraining.runs import (
     StepsSeen,
     StopAfter,
     arguments,
+    assert_same_run,
     differences,
     last_checkpoint,
+    metrics,
     pretrain,
     write_classes,
 )
@@ -41,32 +41,6 @@ VIT = (
 ADAMW = ("--model.optimizer", "torch.optim.AdamW", "--model.learning_rate", "0.01")
 FROM_FILES = ("--data.in_memory", "false")
 MID_EPOCH = ("--checkpoint.every_n_steps", "4")
-
-
-def metrics(run: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, to the last digit, but for the one column that is a matter of time."""
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row.pop("data_wait")
-    return rows
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    before, after = last_checkpoint(a), last_checkpoint(b)
-    assert before["global_step"] > 0
-    for checkpoint in (before, after):
-        assert checkpoint["callbacks"]["RunFolder"].pop("seconds") > 0
-        waited = checkpoint["callbacks"].pop("DataWait")
-        assert 0 <= waited["waited"] <= waited["seconds"]
-    assert differences(before, after) == []
-    assert metrics(a) == metrics(b)
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
-    for summary in summaries:
-        summary.pop("seconds")
-        assert 0 <= summary.pop("data_wait") <= 1
-    assert summaries[0] == summaries[1]
-    assert differences(load_encoder(a)[0].state_dict(), load_encoder(b)[0].state_dict()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""A disk that is full, a folder that cannot be written to, images that vanish: done for real, told in one line."""
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+
+from simclr_scale.cli import main
+from simclr_scale.pretraining.checkpointing import checkpoints, is_intact
+from tests.pretraining.runs import QUIET, arguments, assert_same_run, pretrain, write_classes
+
+pytestmark = QUIET
+
+NOBODY = 65534
+
+
+class At(pl.Callback):
+    """Does something when a step starts."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.action()
+
+
+def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], *callbacks: pl.Callback) -> tuple[int, str]:
+    """Exit status and the line on standard error."""
+    fit = pl.Trainer.fit
+
+    def fit_with_callbacks(trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.callbacks = [*callbacks, *trainer.callbacks]  # type: ignore[attr-defined]
+        fit(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.Trainer, "fit", fit_with_callbacks)
+        status = main(["pretrain", *arguments])
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1, errors
+    return status, errors.strip().removeprefix("simclr-scale pretrain: error: ")
+
+
+@pytest.fixture
+def small_files() -> Iterator[Any]:
+    """Call it, and no file may grow beyond 24 kB: the write that would make it does fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_a_checkpoint(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_files: Any
+) -> None:
+    command = [*arguments(images, tmp_path, "x", "--trainer.max_epochs", "3")]
+    folder = tmp_path / "x" / "checkpoints"
+    status, line = failing(command, capsys, At(7, small_files))
+    assert status == 1
+    assert line == (
+        f"the checkpoint of step 10 cannot be written to {folder}: File too large; {folder}/step=5.ckpt is whole, "
+        "and --resume auto --name x continues from it"
+    )
+    assert sorted(os.listdir(folder)) == ["last.ckpt", "step=5.ckpt", "step=5.ckpt.sha256"]
+    assert all(map(is_intact, checkpoints(folder)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    pretrain([*command, "--resume", "auto"])
+    pretrain(arguments(images, tmp_path, "unbroken", "--trainer.max_epochs", "3"))
+    assert_same_run(tmp_path / "unbroken", tmp_path / "x")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_that_vanish(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    images = write_classes(tmp_path / "images")
+    options = ("--data.in_memory", "false", "--data.num_workers", workers, "--trainer.max_epochs", "1000")
+    status, line = failing(arguments(images, tmp_path, "x", *options), capsys, At(7, lambda: shutil.rmtree(images)))
+    assert status == 1
+    assert line == (
+        f"data.source {images} is gone; once it is back, --resume auto --name x continues from the last checkpoint"
+    )
+    [newest, *_] = checkpoints(tmp_path / "x" / "checkpoints")
+    assert is_intact(newest)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder that nobody but root may write to, where this process is not root for as long as the test lasts."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.rmdir()
+
+
+def test_a_read_only_folder_of_runs(images: Path, read_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for resume in ((), ("--resume", "auto")):
+        status, line = failing([*arguments(images, read_only, "x"), *resume], capsys)
+        assert status == 2
+        assert line == f"{read_only} cannot be written to (its permissions, or a read-only file system)"
+    assert os.listdir(read_only) == []
+
+
+def test_checkpoints_that_have_no_place_any_more(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "x" / "checkpoints"
+
+    def replace_by_a_file() -> None:
+        folder.rename(tmp_path / "elsewhere")
+        folder.write_text("")
+
+    command = arguments(images, tmp_path, "x", "--trainer.max_epochs", "3")
+    status, line = failing(command, capsys, At(7, replace_by_a_file))
+    assert status == 1
+    assert line == f"the checkpoint of step 10 cannot be written to {folder}: File exists; there is no earlier one"
+
+
+def test_no_room_for_the_metrics(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_files: Any
+) -> None:
+    action = lambda: (small_files(), resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1)))  # noqa: E731
+    status, line = failing(arguments(images, tmp_path, "x", "--trainer.max_epochs", "3"), capsys, At(7, action))
+    assert status == 1
+    assert line == (
+        "a file of the run cannot be read or written: File too large; once that is mended, --resume auto --name x "
+        "continues from the last checkpoint"
+    )
+
+
+def test_a_folder_of_runs_that_is_a_file(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs").write_text("")
+    status, line = failing(arguments(images, tmp_path / "runs", "x"), capsys)
+    assert (status, line) == (
+        2,
+        f"{tmp_path}/runs is not a folder, so no run can be kept there: give another --runs_dir",
+    )
