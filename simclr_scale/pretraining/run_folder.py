@@ -22,6 +22,7 @@ from simclr_scale.pretraining.bad_steps import BadSteps
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor, baselines_for, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
+from simclr_scale.pretraining.run_lock import RunLock
 
 CONFIG = "config.yaml"
 _Callback = TypeVar("_Callback", bound=pl.Callback)
@@ -59,6 +60,7 @@ class RunFolder(pl.Callback):
     def __init__(self, folder: Path, config: str, *, resumed: bool, console: Console | None = None) -> None:
         self.folder, self.config, self.resumed = folder, config, resumed
         self.console = console or Console()
+        self._lock = RunLock(folder)
         self._seconds_before = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,17 +74,33 @@ class RunFolder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.monotonic()
-        if trainer.is_global_zero and not self.resumed:
+        taken = self._take() if trainer.is_global_zero else None
+        # All ranks end together, where the first one may not write.
+        taken = trainer.strategy.broadcast(taken)
+        if taken is not None:
+            raise InputError(taken)
+
+    def _take(self) -> str | None:
+        """Makes or takes the folder; returns why that cannot be, if it cannot."""
+        if not self.resumed:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.folder.mkdir()
-            except FileExistsError as error:
-                raise InputError(f"run {self.folder} exists already; give another --name, or --resume auto") from error
+            except FileExistsError:
+                return f"run {self.folder} exists already; give another --name, or --resume auto"
+        if not self._lock.acquire():
+            return f"run {self.folder} is being trained by another process; give another --name, or end that one first"
+        if not self.resumed:
             (self.folder / CONFIG).write_text(self.config)
-        if trainer.is_global_zero:
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
-            self.console.print(f"run {self.folder}", highlight=False, soft_wrap=True)
-        trainer.strategy.barrier("run folder")
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        self.console.print(f"run {self.folder}", highlight=False, soft_wrap=True)
+        return None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._lock.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._lock.release()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
