@@ -5,6 +5,7 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,28 @@ def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], *callbacks
         trainer.callbacks = [*callbacks, *trainer.callbacks]  # type: ignore[attr-defined]
         fit(trainer, *args, **kwargs)
 
+    # Before the test ends: pytest's own output may go to a file, which must not meet the limit.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pl.Trainer, "fit", fit_with_callbacks)
-        status = main(["pretrain", *arguments])
+        try:
+            status = main(["pretrain", *arguments])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1, errors
     return status, errors.strip().removeprefix("simclr-scale pretrain: error: ")
 
 
-@pytest.fixture
-def small_files() -> Iterator[Any]:
-    """Call it, and no file may grow beyond 24 kB: the write that would make it does fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def files_of_at_most(size: int) -> None:
+    """From now on the write that would make a file larger fails, as on a full disk; `failing` lifts that again."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_no_room_for_a_checkpoint(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_files: Any
-) -> None:
+def test_no_room_for_a_checkpoint(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*arguments(images, tmp_path, "x", "--trainer.max_epochs", "3")]
     folder = tmp_path / "x" / "checkpoints"
-    status, line = failing(command, capsys, At(7, small_files))
+    status, line = failing(command, capsys, At(7, partial(files_of_at_most, 24_000)))
     assert status == 1
     assert line == (
         f"the checkpoint of step 10 cannot be written to {folder}: File too large; {folder}/step=5.ckpt is whole, "
@@ -68,7 +69,6 @@ def test_no_room_for_a_checkpoint(
     )
     assert sorted(os.listdir(folder)) == ["last.ckpt", "step=5.ckpt", "step=5.ckpt.sha256"]
     assert all(map(is_intact, checkpoints(folder)))
-    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
     pretrain([*command, "--resume", "auto"])
     pretrain(arguments(images, tmp_path, "unbroken", "--trainer.max_epochs", "3"))
     assert_same_run(tmp_path / "unbroken", tmp_path / "x")
@@ -124,11 +124,9 @@ def test_checkpoints_that_have_no_place_any_more(
     assert line == f"the checkpoint of step 10 cannot be written to {folder}: File exists; there is no earlier one"
 
 
-def test_no_room_for_the_metrics(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_files: Any
-) -> None:
-    action = lambda: (small_files(), resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1)))  # noqa: E731
-    status, line = failing(arguments(images, tmp_path, "x", "--trainer.max_epochs", "3"), capsys, At(7, action))
+def test_no_room_for_the_metrics(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = arguments(images, tmp_path, "x", "--trainer.max_epochs", "3")
+    status, line = failing(command, capsys, At(7, partial(files_of_at_most, 100)))
     assert status == 1
     assert line == (
         "a file of the run cannot be read or written: File too large; once that is mended, --resume auto --name x "
