@@ -213,7 +213,9 @@ class SimCLR(pl.LightningModule):
             raise InputError("this loader has no length, and so no epochs to warm up for: set model.warmup_epochs to 0")
         warmup = round(self.warmup_epochs * steps_an_epoch) if self.warmup_epochs else 0
         peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
-        groups = param_groups(nn.ModuleDict({"encoder": self.encoder, "head": self.head}), self.weight_decay)
+        trained = nn.ModuleDict({"encoder": self.encoder, "head": self.head, "loss": self.loss})
+        # What a loss learns (a scale, a bias) is neither decayed nor adapted, as biases are not.
+        groups = param_groups(trained, self.weight_decay, exclude=[f"loss.{name}" for name in _names(self.loss)])
         make = self._optimizer or LARS
         optimizer = make(groups, peak)
         warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training
@@ -244,6 +246,10 @@ class SimCLR(pl.LightningModule):
         if self.probe is not None and self._probe_state is not None:
             self.probe.optimizer.load_state_dict(self._probe_state)
             self._probe_state = None
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
 
 
 def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:

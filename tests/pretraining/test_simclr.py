@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from simclr_scale.bundle import ImageTransform, save_encoder
 from simclr_scale.errors import InputError
-from simclr_scale.losses import nt_xent
+from simclr_scale.losses import SigmoidLoss, nt_xent
 from simclr_scale.models import ProjectionHead, create_encoder
 from simclr_scale.optim import LARS
 from simclr_scale.pretraining import SimCLR
@@ -98,6 +98,16 @@ def test_own_head_and_loss() -> None:
 
     fit(module(head=head, loss=Spread()), max_steps=1)
     assert shapes == [(16, 5)]
+
+
+def test_what_a_loss_learns_is_trained_without_decay_or_adaptation() -> None:
+    loss = SigmoidLoss()
+    before = {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
+    trainer = fit(module(loss=loss, weight_decay=0.1), max_epochs=2)
+    for name, parameter in loss.named_parameters():
+        assert not torch.equal(parameter, before[name])
+    excluded = next(group for group in trainer.optimizers[0].param_groups if group["name"] == "excluded")
+    assert {id(parameter) for parameter in loss.parameters()} <= {id(parameter) for parameter in excluded["params"]}
 
 
 def test_logs_without_an_interval_for_rows() -> None:
