@@ -150,9 +150,7 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
         parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
-        parser.add_argument(
-            "--max_bad_steps", type=int, default=10, help="steps in a row without a finite loss or gradient to end at"
-        )
+        parser.add_argument("--max_bad_steps", type=int, default=10, help="bad steps in a row to end at")
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")

@@ -25,13 +25,14 @@ class RunCheckpoint(Checkpoint, Voter):
 
     A checkpoint appears once the metrics of its last step are logged: it is written at the end of a step or an epoch,
     and moved into place when the next one starts. Whenever a run is killed, resuming loses and repeats no metric.
+    Minutes count from the last checkpoint of any kind; ranks agree on its step through the callback ``Agreement``, which
+    has to be there.
 
     Args:
         every_n_epochs: epochs between checkpoints; there is always one at the end of training.
         every_n_steps: steps between further checkpoints within an epoch; None for none.
         keep: how many to keep.
-        every_n_minutes: minutes after which there is a further checkpoint, counted from the last one of any kind; None
-            for none. The ranks agree on the step through the callback ``Agreement``, which has to be there.
+        every_n_minutes: minutes between further ones; None for none.
     """
 
     def __init__(
