@@ -25,8 +25,8 @@ class RunCheckpoint(Checkpoint, Voter):
 
     A checkpoint appears once the metrics of its last step are logged: it is written at the end of a step or an epoch,
     and moved into place when the next one starts. Whenever a run is killed, resuming loses and repeats no metric.
-    Minutes count from the last checkpoint of any kind; ranks agree on its step through the callback ``Agreement``, which
-    has to be there.
+    Minutes count from the last checkpoint of any kind. Ranks agree on its step through the callback ``Agreement``,
+    which has to be there.
 
     Args:
         every_n_epochs: epochs between checkpoints; there is always one at the end of training.
