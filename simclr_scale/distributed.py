@@ -3,12 +3,18 @@
 Everything here works on one process without an initialised group, and on gloo (CPU) as on NCCL (GPU).
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+# What Lightning's ModelParallelStrategy calls the dimensions of its mesh.
+DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 
 
 class World(NamedTuple):
@@ -23,6 +29,14 @@ def world(group: dist.ProcessGroup | None = None) -> World:
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 1)
     return World(dist.get_rank(group), dist.get_world_size(group))
+
+
+def data_parallel_group(mesh: "DeviceMesh | None") -> dist.ProcessGroup | None:
+    """The ranks that hold different images, of which this is one; None, all ranks, without a mesh.
+
+    The ranks of one tensor-parallel group hold the same images, and count once.
+    """
+    return None if mesh is None else mesh.get_group(DATA_PARALLEL)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

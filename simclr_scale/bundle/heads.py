@@ -14,6 +14,7 @@ from torch import nn
 
 from simclr_scale.bundle.loading import (
     LAST_CHECKPOINT,
+    is_checkpoint,
     load_encoder,
     locate,
     misfit,
@@ -41,7 +42,7 @@ def load_head(spec: str | os.PathLike[str]) -> ProjectionHead:
     if not path.exists():
         raise InputError(f"{os.fspath(spec)} has no projection head; a run, a bundle or a .ckpt file may have one")
     found = locate(path)
-    if found.is_file():
+    if is_checkpoint(found):
         return _head_of_checkpoint(read_checkpoint(found), str(found)).eval()
     if (found / HEAD_WEIGHTS).is_file():
         config, weights = read_bundle(found, HEAD_WEIGHTS)
@@ -50,7 +51,7 @@ def load_head(spec: str | os.PathLike[str]) -> ProjectionHead:
     if isinstance(config, dict) and "head" in config.get(BUNDLE_KEY, {}):
         raise InputError(f"bundle {found} has lost its projection head, the file {HEAD_WEIGHTS}")
     last = found.parent / LAST_CHECKPOINT
-    if not last.is_file():
+    if not is_checkpoint(last):
         raise InputError(f"bundle {found} has no projection head; pretraining writes one beside the encoder")
     checkpoint = read_checkpoint(last)
     if not _equal(weights, weights_below(checkpoint["state_dict"], "encoder.")):

@@ -73,20 +73,30 @@ def load_encoder(spec: str | os.PathLike[str]) -> tuple[nn.Module, ImageTransfor
 
 def _from_path(path: Path) -> tuple[nn.Module, ImageTransform]:
     found = locate(path)
-    return _from_checkpoint(found) if found.is_file() else _from_bundle(found)
+    return _from_checkpoint(found) if is_checkpoint(found) else _from_bundle(found)
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint (a file) or the bundle (a folder) that a path stands for. Raises InputError for neither."""
-    if path.is_file() or (path / CONFIG).is_file():
+    """The checkpoint or the bundle (a folder) that a path stands for. Raises InputError for neither."""
+    if is_checkpoint(path) or (path / CONFIG).is_file():
         return path
     if (path / "encoder" / CONFIG).is_file():
         return path / "encoder"
-    if (last := path / LAST_CHECKPOINT).is_file():
+    if is_checkpoint(last := path / LAST_CHECKPOINT):
         return last
     if path.is_dir():
         raise InputError(f"{path} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} nor checkpoints/last.ckpt")
     raise InputError(f"there is no encoder {str(path)!r}; give {describe_specs()}")
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether a path is a folder of shards, as torch.distributed.checkpoint writes them."""
+    return (path / ".metadata").is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a file, or a folder of shards."""
+    return path.is_file() or is_sharded_checkpoint(path)
 
 
 def _from_bundle(folder: Path) -> tuple[nn.Module, ImageTransform]:
@@ -103,11 +113,15 @@ def read_bundle(folder: Path, file: str) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """A training checkpoint of ours, as it was saved.
+    """A training checkpoint of ours, as it was saved; of one in shards the weights, whole, without optimizers.
 
     Raises:
         InputError: the file is damaged, or another program's.
     """
+    if is_sharded_checkpoint(path):
+        from simclr_scale.bundle.sharded import read_whole  # torch.distributed.checkpoint, for those who have one
+
+        return _ours(read_whole(path), path)
     try:
         # Torch's former format is a plain pickle; ours is a zip file, as torch.save has written for years.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
@@ -115,6 +129,10 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path} is truncated, or holds more than tensors and plain values") from error
     if checkpoint is None:
         raise InputError(f"{path} is truncated, or no checkpoint")
+    return _ours(checkpoint, path)
+
+
+def _ours(checkpoint: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(checkpoint, Mapping) or BUNDLE_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise InputError(f"{path} was not written by simclr_scale: it has no entry {BUNDLE_KEY!r}")
     return checkpoint

@@ -35,6 +35,7 @@ from simclr_scale.pretraining.preemption import Preemption
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
+from simclr_scale.pretraining.strategies import register as register_strategies
 from simclr_scale.scaling.record import ScalingRecord
 
 _RUN_NAME = "SIMCLR_SCALE_RUN_NAME"
@@ -101,6 +102,7 @@ class PretrainCLI(LightningCLI):
     program, description, epilog = "simclr-scale pretrain", "Train an encoder without labels (SimCLR).", EPILOG
 
     def __init__(self, argv: list[str]) -> None:
+        register_strategies()
         super().__init__(
             SimCLR,
             SimCLRDataModule,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import Namespace
 
-from simclr_scale.bundle.loading import read_checkpoint
+from simclr_scale.bundle.loading import is_checkpoint, read_checkpoint
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.checkpointing import newest_intact
 from simclr_scale.pretraining.run_folder import CONFIG
@@ -85,7 +85,7 @@ def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
         return Start(folder, None, False, [])
     if resume != "auto":
         checkpoint = Path(resume)
-        if not checkpoint.is_file():
+        if not is_checkpoint(checkpoint):
             raise InputError(f"--resume {resume}: there is no such checkpoint; give 'auto' or a .ckpt file of a run")
         read_checkpoint(checkpoint)
         folder = runs / name if name else checkpoint.resolve().parent.parent

@@ -19,6 +19,7 @@ from simclr_scale.data.subsets import check_subset, take_subset
 from simclr_scale.data.views import Batch, ViewsDataset, finish_views, keep
 from simclr_scale.data.waiting import TimedLoader, WaitClock
 from simclr_scale.data.workers import default_workers, outlive_first_sigterm
+from simclr_scale.distributed import World, data_parallel_group, world
 from simclr_scale.errors import InputError
 
 _FEW_IMAGES = 1000
@@ -177,7 +178,7 @@ class SimCLRDataModule(pl.LightningDataModule):
         )
 
     def _make_sampler(self, num_images: int) -> GlobalBatchSampler:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = self._share()
         return GlobalBatchSampler(
             num_images,
             self.global_batch_size,
@@ -186,6 +187,15 @@ class SimCLRDataModule(pl.LightningDataModule):
             world_size=world_size,
             position=self._start,
         )
+
+    def _share(self) -> World:
+        """Which part of a batch is this rank's, of how many. Tensor-parallel partners have the same one."""
+        if self.trainer is None:
+            return World(0, 1)
+        module = getattr(self.trainer, "lightning_module", None)
+        if (mesh := getattr(module, "device_mesh", None)) is not None:
+            return world(data_parallel_group(mesh))
+        return World(self.trainer.global_rank, self.trainer.world_size)
 
     def _start(self) -> Position:
         """Where an epoch begins: after a restart in its middle, the batches already done are left out."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from simclr_scale.distributed import all_gather
+from simclr_scale.distributed import all_gather, data_parallel_group
 from simclr_scale.errors import InputError, RunFailed
+from simclr_scale.optim.norms import local_norms, whole_norms
 from simclr_scale.pretraining.agreement import Voter
 from simclr_scale.pretraining.progress import RunProgress
 
@@ -54,7 +56,6 @@ class BadSteps(pl.Callback, Voter):
         self._kept: list[Tensor] = []
         self._batch: Any = None
         self._loss: Tensor | None = None
-        self._norms: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row}
@@ -85,8 +86,8 @@ class BadSteps(pl.Callback, Voter):
     def vote(self, trainer: Any, pl_module: Any) -> Tensor:
         gradients = [p.grad for p in _parameters(trainer) if p.grad is not None]
         assert self._loss is not None
-        self._norms = _norms([g.to_local() if hasattr(g, "to_local") else g for g in gradients])
-        finite = torch.isfinite(torch.linalg.vector_norm(self._norms))
+        # Of this rank's shards: the ranks' votes together are about the whole.
+        finite = torch.isfinite(torch.linalg.vector_norm(local_norms(gradients)))
         return torch.where(torch.isfinite(self._loss), torch.where(finite, 0, _BAD_GRADIENT), _BAD_LOSS).int()
 
     def decided(self, trainer: Any, pl_module: Any, vote: int) -> None:
@@ -134,23 +135,24 @@ class BadSteps(pl.Callback, Voter):
     @torch.no_grad()
     def _record(self, trainer: Any, pl_module: Any, batch: Any, scale: float | None) -> dict[str, Any]:
         assert self._loss is not None
-        assert self._norms is not None
-        with_gradient = [p for p in _parameters(trainer) if p.grad is not None]
+        parameters = _parameters(trainer)
+        with_gradient = [p for p in parameters if p.grad is not None]
+        norms = whole_norms([p.grad for p in with_gradient if p.grad is not None])
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         bad = [
             names.get(id(p), "?")
-            for p, norm in zip(with_gradient, self._norms.tolist(), strict=True)
+            for p, norm in zip(with_gradient, norms.tolist(), strict=True)
             if not math.isfinite(norm)
         ]
-        weights = torch.linalg.vector_norm(_norms([p.detach() for p in _parameters(trainer)]))
+        weights = torch.linalg.vector_norm(whole_norms([p.detach() for p in parameters]))
         return {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "batch": trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1,
-            "indices": _indices(batch),
+            "indices": _indices(batch, data_parallel_group(pl_module.device_mesh)),
             "loss": _plain(self._loss) if scale is None else _plain(self._loss / scale),
             "learning_rate": next(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "gradient_norm": _plain(torch.linalg.vector_norm(self._norms)),
+            "gradient_norm": _plain(torch.linalg.vector_norm(norms)),
             "weight_norm": _plain(weights),
             "not_finite": bad[:_NAMED],
             "not_finite_count": len(bad),
@@ -162,15 +164,10 @@ def _parameters(trainer: Any) -> list[Tensor]:
     return [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """(P,) float32, the norm of each."""
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, 2, torch.float32)])
-
-
-def _indices(batch: Any) -> list[int] | None:
+def _indices(batch: Any, group: dist.ProcessGroup | None) -> list[int] | None:
     """Of the images of all ranks in the order of the global batch; None where the loader gives none."""
     index = batch.get("index") if isinstance(batch, dict) else None
-    return all_gather(index).tolist() if isinstance(index, Tensor) else None
+    return all_gather(index, group).tolist() if isinstance(index, Tensor) else None
 
 
 def _plain(value: Tensor) -> float | str:

@@ -23,6 +23,8 @@ LAST = "last.ckpt"
 class RunCheckpoint(Checkpoint, Voter):
     """Keeps the newest checkpoints of a run as ``step=N.ckpt``, each with a ``.sha256``, and ``last.ckpt``.
 
+    Each is a file, or, under a strategy whose ranks write their shards, a folder of them.
+
     A checkpoint appears once the metrics of its last step are logged: it is written at the end of a step or an epoch,
     and moved into place when the next one starts. Whenever a run is killed, resuming loses and repeats no metric.
     Minutes count from the last checkpoint of any kind. Ranks agree on its step through the callback ``Agreement``,
@@ -74,7 +76,7 @@ class RunCheckpoint(Checkpoint, Voter):
             raise InputError("checkpoint.every_n_minutes needs the callback Agreement among those of the trainer")
         if self.folder is not None and trainer.is_global_zero:
             for leftover in self.folder.glob(".*.partial"):
-                leftover.unlink()
+                _remove(leftover)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self.publish_written(trainer)
@@ -114,7 +116,8 @@ class RunCheckpoint(Checkpoint, Voter):
             with suppress(
                 OSError
             ):  # half a file, whose room the end of the run may want; where even that fails, it stays
-                beside.unlink()
+                if trainer.is_global_zero:
+                    _remove(beside)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         _fail_together(trainer, failure)
         self._written, self._last_step = beside, trainer.global_step
@@ -145,7 +148,7 @@ class RunCheckpoint(Checkpoint, Voter):
         for old in saved:
             if old not in kept:
                 _checksum_path(old).unlink(missing_ok=True)
-                old.unlink()
+                _remove(old)
 
     def _failure(self, error: OSError, step: int) -> str:
         assert self.folder is not None
@@ -168,20 +171,43 @@ def _stops_here(trainer: pl.Trainer) -> bool:
 
 
 def publish(beside: Path, path: Path) -> None:
-    """Moves a written file into place with its checksum, and lets ``last.ckpt`` be the same file."""
-    digest = sha256(beside)
+    """Moves what was written into place with its checksum, and lets ``last.ckpt`` be the same.
+
+    That is a second name of a file, and a link to a folder.
+    """
     checksum = _checksum_path(path)
     partial = checksum.with_name(f".{checksum.name}.partial")
-    partial.write_text(f"{digest}  {path.name}\n")
+    partial.write_text(_checksums(beside, path.name))
     os.replace(partial, checksum)
+    if path.is_dir():  # of a course of the run that was left; a file is just replaced
+        _remove(path)
     os.replace(beside, path)
-    link = path.with_name(f".{LAST}.partial")
+    link, last = path.with_name(f".{LAST}.partial"), path.with_name(LAST)
     link.unlink(missing_ok=True)
     try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
+        if path.is_dir():
+            link.symlink_to(path.name)
+        else:
+            os.link(path, link)
+    except OSError:  # a file system without links
+        if path.is_dir():
+            return
         shutil.copyfile(path, link)
-    os.replace(link, path.with_name(LAST))
+    os.replace(link, last)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _checksums(written: Path, name: str) -> str:
+    """Lines as of ``sha256sum``: of a file, or of every file of a folder, under the name that it will have."""
+    if written.is_file():
+        return f"{sha256(written)}  {name}\n"
+    return "".join(f"{sha256(file)}  {name}/{file.name}\n" for file in sorted(written.iterdir()))
 
 
 def sha256(path: Path) -> str:
@@ -203,9 +229,11 @@ def _step(path: Path) -> int:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is the file that its checksum was made of."""
+    """Whether a checkpoint is what its checksum was made of, to the last file."""
     checksum = _checksum_path(path)
-    return checksum.is_file() and checksum.read_text().split()[:1] == [sha256(path)]
+    if not checksum.is_file() or not path.exists():
+        return False
+    return checksum.read_text().split() == _checksums(path, path.name).split()
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -16,7 +16,9 @@ from simclr_scale.errors import InputError
 from simclr_scale.evaluation.features import extract_features, gather_features, image_loader
 from simclr_scale.evaluation.knn import knn_classify
 from simclr_scale.evaluation.metrics import top1
+from simclr_scale.optim.lars_sharded import is_sharded
 from simclr_scale.pretraining.progress import RunProgress
+from simclr_scale.pretraining.sharding import whole_encoder
 
 _RGB = 3
 _SIDE_OF_RAW_PIXELS = 16
@@ -105,6 +107,12 @@ class KNNMonitor(pl.Callback):
         data: SimCLRDataModule = trainer.datamodule  # type: ignore[attr-defined]
         assert data.train_source is not None
         assert data.test_source is not None
+        if _is_sharded(encoder):
+            # A whole copy: the shards of an encoder would have to meet for every batch, and ranks have as many as
+            # they have images.
+            whole = whole_encoder(encoder, everywhere=True)
+            assert whole is not None
+            encoder = whole
         device = trainer.strategy.root_device
         parts = []
         ranks = world()
@@ -132,6 +140,10 @@ def baselines_for(transform: ImageTransform) -> dict[str, str]:
     side = max(1, min(_SIDE_OF_RAW_PIXELS, height, width, math.isqrt(_MOST_RAW_PIXELS // channels)))
     histogram = "color_histogram" if channels == _RGB else "grey_histogram" if channels == 1 else "band_histogram"
     return {"raw_pixels": f"pixels:{side}", histogram: f"histogram:{_BINS.get(channels, 8)}"}
+
+
+def _is_sharded(encoder: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in encoder.parameters())
 
 
 def _has_held_out_images(trainer: pl.Trainer) -> bool:

@@ -15,10 +15,21 @@ class OnlineProbe(nn.Module):
     B.6): its accuracy tells during training about what linear evaluation will tell after it. Its parameters take no
     part in autograd, so neither the contrastive loss nor the encoder's optimizer, LARS, ever sees them; the gradient of
     softmax regression is written out.
+
+    Args:
+        group: the ranks that hold different images; None: all.
     """
 
-    def __init__(self, in_features: int, num_classes: int, learning_rate: float = 1e-3) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        learning_rate: float = 1e-3,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
+        self.group = group
         self.classifier = nn.Linear(in_features, num_classes).requires_grad_(False)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -41,8 +52,8 @@ class OnlineProbe(nn.Module):
         residual = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
         weight, bias = self.classifier.weight, self.classifier.bias
         sums = torch.cat([(residual.T @ features).flatten(), residual.sum(0), known.sum()[None].to(features.dtype)])
-        if world().size > 1:
-            dist.all_reduce(sums)
+        if world(self.group).size > 1:
+            dist.all_reduce(sums, group=self.group)
         gradient = sums[:-1] / sums[-1].clamp(min=1)
         weight.grad = gradient[: weight.numel()].view_as(weight)
         bias.grad = gradient[weight.numel() :]

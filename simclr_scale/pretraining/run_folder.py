@@ -12,9 +12,10 @@ import pytorch_lightning as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from simclr_scale import __version__
-from simclr_scale.bundle import save_encoder
+from simclr_scale.bundle import ImageTransform, save_encoder
 from simclr_scale.errors import InputError
 from simclr_scale.models import ProjectionHead
 from simclr_scale.pretraining.bad_files import BadFiles
@@ -23,6 +24,7 @@ from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor, baselines_for, labelled_images
 from simclr_scale.pretraining.logger import RunLogger
 from simclr_scale.pretraining.run_lock import RunLock
+from simclr_scale.pretraining.sharding import whole_encoder, whole_head
 
 CONFIG = "config.yaml"
 _Callback = TypeVar("_Callback", bound=pl.Callback)
@@ -110,12 +112,16 @@ class RunFolder(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         monitor = _callback(trainer, KNNMonitor)
         scores = monitor.scores(trainer, pl_module) if monitor is not None else {}
+        encoder, head = pl_module.encoder, pl_module.head
+        if pl_module.device_mesh is not None and hasattr(encoder, "architecture"):
+            encoder, head = whole_encoder(encoder, everywhere=False), whole_head(head)
         if not trainer.is_global_zero:
             return
         # A start that found the run finished has measured nothing: what an earlier one has written of it stays.
         summary = self._written_before() | self._summary(trainer, monitor, scores)
         if pl_module.transform is not None and hasattr(pl_module.encoder, "architecture"):
-            self._replace_encoder(pl_module, summary)
+            head = head if type(head) is ProjectionHead else None
+            self._replace_encoder(encoder, head, pl_module.transform, summary)
         beside = self.folder / ".summary.json.partial"
         beside.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(beside, self.folder / "summary.json")
@@ -161,15 +167,16 @@ class RunFolder(pl.Callback):
                 facts |= callback.facts()
         return facts
 
-    def _replace_encoder(self, pl_module: Any, facts: dict[str, Any]) -> None:
+    def _replace_encoder(
+        self, encoder: nn.Module, head: ProjectionHead | None, transform: ImageTransform, facts: dict[str, Any]
+    ) -> None:
         """Writes the bundle; file by file where there is one of a former end of this run.
 
         Their architecture is the same, so the folder holds a whole bundle at every moment.
         """
         final, fresh = self.folder / "encoder", self.folder / ".encoder.partial"
         shutil.rmtree(fresh, ignore_errors=True)
-        head = pl_module.head if type(pl_module.head) is ProjectionHead else None
-        save_encoder(pl_module.encoder, pl_module.transform, fresh, head=head, **facts)
+        save_encoder(encoder, transform, fresh, head=head, **facts)
         if final.exists():
             # A bundle of an earlier version has no head, so what says that there is one comes last.
             for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):

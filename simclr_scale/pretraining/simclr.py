@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,13 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simclr_scale.bundle import BUNDLE_KEY, ImageTransform, encoder_config, load_encoder
 from simclr_scale.data.datamodule import SimCLRDataModule
-from simclr_scale.distributed import convert_global_batch_norm
+from simclr_scale.distributed import World, convert_global_batch_norm, data_parallel_group, world
 from simclr_scale.errors import InputError
 from simclr_scale.losses import NTXentLoss, contrastive_accuracy
 from simclr_scale.models import ProjectionHead
 from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.pretraining.probe import OnlineProbe
+from simclr_scale.pretraining.sharding import shard_model
 
 # Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
 OptimizerOfGroups = Callable[[Iterable[Any], float], Optimizer]
@@ -129,12 +131,34 @@ class SimCLR(pl.LightningModule):
                 getattr(self.encoder, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
             )
         if classes and self.probe is None:
-            self.probe = OnlineProbe(self._width, classes)
-        if self.trainer.world_size > 1:
-            convert_global_batch_norm(self.encoder)
-            convert_global_batch_norm(self.head)
+            self.probe = OnlineProbe(self._width, classes, group=self.data_parallel_group)
+        if self.data_parallel_world.size > 1:
+            convert_global_batch_norm(self.encoder, self.data_parallel_group)
+            convert_global_batch_norm(self.head, self.data_parallel_group)
         if self._compile:
             self.encoder.compile()
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold different images; None, all of them, but under a mesh with tensor parallelism."""
+        return data_parallel_group(self.device_mesh)
+
+    @property
+    def data_parallel_world(self) -> World:
+        """This rank's place among those that hold different images."""
+        if self.device_mesh is None:
+            return World(self.global_rank, self.trainer.world_size)
+        return world(self.data_parallel_group)
+
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy``: shards weights, and divides blocks, over its mesh."""
+        if self.device_mesh is None:
+            return
+        if self._compile:
+            raise InputError("model.compile and sharded weights (trainer.strategy) are not tried together: leave one out")
+        if getattr(self.loss, "group", self) is None:
+            self.loss.group = self.data_parallel_group
+        shard_model(self.encoder, self.head, self.loss, self.device_mesh, self.trainer.strategy.root_device)
 
     @torch.no_grad()
     def _require_images_of(self, size: tuple[int, int, int]) -> None:
@@ -164,8 +188,8 @@ class SimCLR(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path are a function of (seed, step, rank), as the views are, so that a resumed run repeats
-        # them and no two ranks share them.
-        stream = np.random.SeedSequence((self._seed, self.global_step, self.global_rank))
+        # them and no two ranks share them, but for tensor-parallel partners, who must.
+        stream = np.random.SeedSequence((self._seed, self.global_step, self.data_parallel_world.rank))
         seed = int(stream.generate_state(1, np.uint64)[0])
         # Not torch.manual_seed, which takes a millisecond to tell every kind of device that there could be.
         torch.default_generator.manual_seed(seed)
@@ -193,7 +217,7 @@ class SimCLR(pl.LightningModule):
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (self.global_step + 1) % interval == 0:
             # Only when it is shown: it costs a gather and a product of its own.
-            self.log("contrastive_accuracy", contrastive_accuracy(z.detach()), prog_bar=True)
+            self.log("contrastive_accuracy", contrastive_accuracy(z.detach(), group=self.data_parallel_group), prog_bar=True)
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss * self.loss_scale
 
@@ -230,7 +254,7 @@ class SimCLR(pl.LightningModule):
         share = getattr(self.trainer.train_dataloader, "batch_size", None)
         if not isinstance(share, int):
             raise InputError("the batch size of this loader is unknown; train on a DataLoader with a batch_size")
-        return share * self.trainer.world_size
+        return share * self.data_parallel_world.size
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.transform is not None and hasattr(self.encoder, "architecture"):

@@ -5,7 +5,7 @@ each (e: bytes of one number, 4, or 2 under bfloat16):
 
 - loss: all-gather of the number of rows (8), of the rows (2n d e) and of one number a row (2n * 4); nothing in
   backward. Without ``gather``: an all-reduce of the value (4) after that of the number of rows.
-- gradients: DistributedDataParallel's all-reduce of every trainable parameter.
+- gradients: DistributedDataParallel's all-reduce of every trainable parameter; half of it under a hook that compresses.
 - buffers: its broadcast of the running statistics from the first rank, before every forward.
 - batch norm over all ranks, for each norm of C channels: all-gather of 2C + 1 numbers forward, all-reduce of 2C
   backward; with k chunks the encoder's k times, and k - 1 times more forward, where chunks are encoded again.
@@ -55,6 +55,7 @@ def collectives_of_a_step(
     element_size: int = 4,
     chunk_size: int | None = None,
     ddp: bool = True,
+    gradient_size: int = _NUMBER,
     probe: nn.Module | None = None,
 ) -> list[Collective] | None:
     """The collectives of one training step; None for a loss whose traffic is not known here.
@@ -66,6 +67,7 @@ def collectives_of_a_step(
         element_size: bytes of one number that the loss is given.
         chunk_size: views encoded at a time; None: all.
         ddp: whether DistributedDataParallel wraps the model.
+        gradient_size: bytes in which it sends a gradient of float32: 2 where a hook compresses it.
         probe: online probe.
     """
     if not isinstance(loss, ContrastiveLoss):
@@ -86,7 +88,7 @@ def collectives_of_a_step(
             found.append(Collective("batch_norm", "all_gather", (2 * norm.num_features + 1) * _NUMBER, forwards))
             found.append(Collective("batch_norm", "all_reduce", 2 * norm.num_features * _NUMBER, backwards))
     if ddp:
-        found.append(Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss])))
+        found.append(Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss]) * gradient_size // _NUMBER))
         found.append(Collective("buffers", "broadcast", _buffer_bytes([encoder, head, loss])))
     if probe is not None:
         found.append(Collective("probe", "all_reduce", sum(p.nbytes for p in probe.parameters()) + _NUMBER))

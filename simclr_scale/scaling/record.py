@@ -13,6 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.distributed import world
 from simclr_scale.pretraining.run_folder import SummaryFacts
+from simclr_scale.pretraining.strategies import gradient_bytes_of_a_number
 from simclr_scale.scaling.communication import LossInput, collectives_of_a_step, sent_by_part
 from simclr_scale.scaling.energy import EnergyMeter
 from simclr_scale.scaling.hardware import device_name, peak_memory
@@ -111,6 +112,8 @@ class ScalingRecord(SummaryFacts):
         }
 
     def _communication(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        if pl_module.device_mesh is not None:  # what FSDP2 and tensor parallelism send is not counted here
+            return {"sent_bytes_per_step": None, "sent_bytes_by_part": None}
         collectives = collectives_of_a_step(
             pl_module.encoder,
             pl_module.head,
@@ -120,6 +123,7 @@ class ScalingRecord(SummaryFacts):
             element_size=self._input.element_size,
             chunk_size=pl_module.chunk_size,
             ddp=isinstance(trainer.strategy, DDPStrategy),
+            gradient_size=gradient_bytes_of_a_number(trainer.strategy),
             probe=pl_module.probe,
         )
         if collectives is None or not self._input.rows:
