@@ -1,7 +1,8 @@
 """Checkpoints in torch's distributed format, a folder of shards, read without running code that may be in them.
 
-Torch's own reader unpickles the folder's ``.metadata`` and all values that are no tensors as they come. Here the first goes
-through an unpickler that knows the classes of that format and nothing else, the others through ``weights_only=True``.
+Torch's own reader unpickles the folder's ``.metadata`` and all values that are no tensors as they come. Here the first
+goes through an unpickler that knows the classes of that format and nothing else, the others through
+``weights_only=True``.
 """
 
 import io

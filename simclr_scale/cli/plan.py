@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
 
 def _plan(cli: PlanCLI) -> Plan:
     config, data = cli.config, cli.datamodule
+    _refuse_sharding(config.trainer.strategy)
     source = data.open_training_images()
     data.settle(source)
     cpu = config.trainer.accelerator == "cpu"
@@ -98,6 +99,15 @@ def _plan(cli: PlanCLI) -> Plan:
         plan = make_plan(cli.model, settings, device=device, measure_steps=config.measure_steps)
         advance(1)
     return plan
+
+
+def _refuse_sharding(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else str(strategy.get("class_path"))
+    if name == "model_parallel" or name.endswith(("MeshStrategy", "ModelParallelStrategy")):
+        raise InputError(
+            f"trainer.strategy {name}: plan does not model weights that are sharded; with --trainer.strategy ddp it "
+            "tells what a device needs without, which is an upper bound"
+        )
 
 
 def _devices(cli: PlanCLI) -> int:

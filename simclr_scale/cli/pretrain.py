@@ -35,6 +35,7 @@ from simclr_scale.pretraining.preemption import Preemption
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
 from simclr_scale.pretraining.simclr import SimCLR
+from simclr_scale.pretraining.strategies import check_strategy
 from simclr_scale.pretraining.strategies import register as register_strategies
 from simclr_scale.scaling.record import ScalingRecord
 
@@ -214,6 +215,12 @@ class PretrainCLI(LightningCLI):
             )
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.trainer is not None:
+            # Before any further process is started, and again with every one.
+            check_strategy(self.trainer, self.model, self.start.checkpoint)
 
     def saved_config(self) -> str:
         """What the user gave and every default, without what belongs to this one start."""

@@ -4,9 +4,9 @@ Every partner is given the same images and holds the same activations between th
 2019, "Megatron-LM", section 3) the first linear layer of attention and of the MLP is cut by its outputs, the second by
 its inputs, and one all-reduce of each half puts the sums together.
 
-The joint projection of queries, keys and values is cut by heads. Its rows are (3, heads, channels), so a head's rows lie
-in three places, and no even cut of them is one by heads. The layer therefore stays whole for the state dict, and takes its
-heads' rows in the forward pass; whoever shards it may do so over all ranks, as `divide_heads` says.
+The joint projection of queries, keys and values is cut by heads. Its rows are (3, heads, channels), so a head's rows
+lie in three places, and no even cut of them is one by heads. So the layer keeps the parameters of all heads, those of
+the state dict, and takes its heads' rows in the forward pass; FSDP2 shards them over all ranks, partners included.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ _ATTENTIONS = ("attn", "attention")
 class HeadsOfOnePartner(nn.Linear):
     """Queries, keys and values (B, N, 3 * channels of own heads) of the heads of this rank.
 
-    The weight (3 * dim, dim) and bias are those of all heads, and on every partner equal; a partner's gradient of them is
-    that of its own heads' rows, 0 elsewhere: the gradient is the SUM over partners.
+    The weight (3 * dim, dim) and bias are those of all heads, and on every partner equal; a partner's gradient of them
+    is that of its own heads' rows, 0 elsewhere: the gradient is the SUM over partners.
     """
 
     heads: int
@@ -111,7 +111,8 @@ def require_divisible(encoder: nn.Module, size: int) -> None:
     unknown = [
         path
         for path, module in encoder.named_modules()
-        if path.rpartition(".")[2] in _ATTENTIONS and not any(module is getattr(block, "attn", None) for block in blocks)
+        if path.rpartition(".")[2] in _ATTENTIONS
+        and not any(module is getattr(block, "attn", None) for block in blocks)
     ]
     if not blocks or unknown:
         where = f" ({unknown[0]} is of another kind)" if unknown else ""

@@ -1,8 +1,8 @@
 """A SimCLR model laid out over the device mesh of Lightning's ``ModelParallelStrategy``: FSDP2 and tensor parallelism.
 
-The mesh is (data_parallel, tensor_parallel). Ranks along the first dimension have different images, and each keeps a part
-of every weight, gradient and optimizer state (FSDP2, torch's ``fully_shard``); a block's weights are gathered when it is
-their turn. Ranks along the second have the same images and compute a part of each block.
+The mesh is (data_parallel, tensor_parallel). Ranks along the first dimension have different images, and each keeps a
+part of every weight, gradient and optimizer state (FSDP2, torch's ``fully_shard``); a block's weights are gathered when
+it is their turn. Ranks along the second have the same images and compute a part of each block.
 """
 
 from collections.abc import Iterator
@@ -84,7 +84,7 @@ def _fully_shard(module: nn.Module, mesh: "DeviceMesh") -> None:
     fully_shard(module, mesh=mesh)
 
 
-def _no_view(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _no_view(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     """FSDP2 hangs its backward on the output, and would lose it where the next layer changes a view in place."""
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
@@ -119,7 +119,8 @@ def whole_weights(module: nn.Module, *, everywhere: bool) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
-    return get_model_state_dict(module, options=options)
+    weights: dict[str, Any] = get_model_state_dict(module, options=options)
+    return weights
 
 
 def whole_encoder(encoder: nn.Module, *, everywhere: bool) -> nn.Module | None:

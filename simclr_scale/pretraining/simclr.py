@@ -21,6 +21,7 @@ from simclr_scale.losses import NTXentLoss, contrastive_accuracy
 from simclr_scale.models import ProjectionHead
 from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
+from simclr_scale.optim.norms import whole_norms
 from simclr_scale.pretraining.probe import OnlineProbe
 from simclr_scale.pretraining.sharding import shard_model
 
@@ -154,11 +155,35 @@ class SimCLR(pl.LightningModule):
         """Under ``ModelParallelStrategy``: shards weights, and divides blocks, over its mesh."""
         if self.device_mesh is None:
             return
-        if self._compile:
-            raise InputError("model.compile and sharded weights (trainer.strategy) are not tried together: leave one out")
-        if getattr(self.loss, "group", self) is None:
-            self.loss.group = self.data_parallel_group
+        self.require_not_compiled()
+        loss: Any = self.loss
+        if getattr(loss, "group", self) is None:
+            loss.group = self.data_parallel_group
         shard_model(self.encoder, self.head, self.loss, self.device_mesh, self.trainer.strategy.root_device)
+
+    def require_not_compiled(self) -> None:
+        """Raises InputError for a compiled encoder, which nobody has tried with sharded weights."""
+        if self._compile:
+            raise InputError(
+                "model.compile is not supported with a trainer.strategy that shards weights: leave one out"
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's clipping, but for the norm of sharded gradients: torch's takes those of one mesh only."""
+        if self.device_mesh is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:  # a bad step's
+            return
+        factor = (gradient_clip_val / (whole_norms(gradients).norm() + 1e-6)).clamp(max=1.0).item()
+        for gradient in gradients:
+            gradient.mul_(factor)
 
     @torch.no_grad()
     def _require_images_of(self, size: tuple[int, int, int]) -> None:
@@ -217,7 +242,9 @@ class SimCLR(pl.LightningModule):
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (self.global_step + 1) % interval == 0:
             # Only when it is shown: it costs a gather and a product of its own.
-            self.log("contrastive_accuracy", contrastive_accuracy(z.detach(), group=self.data_parallel_group), prog_bar=True)
+            self.log(
+                "contrastive_accuracy", contrastive_accuracy(z.detach(), group=self.data_parallel_group), prog_bar=True
+            )
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss * self.loss_scale
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.checkpoint.api import CheckpointException
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr_scale.bundle.loading import is_sharded_checkpoint, read_checkpoint
 from simclr_scale.errors import InputError
+from simclr_scale.models.tensor_parallel import require_divisible
 from simclr_scale.pretraining.mesh_checkpoint import load_into, load_whole_into
 
 
@@ -36,12 +36,24 @@ class MeshStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend)
-        for name, size in {"data_parallel_size": data_parallel_size, "tensor_parallel_size": tensor_parallel_size}.items():
+        for name, size in {
+            "data_parallel_size": data_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
+        }.items():
             if size != "auto" and size < 1:
                 raise InputError(f"trainer.strategy: {name} must be at least 1, got {size}")
 
-    def setup_environment(self) -> None:
-        ranks, partners = self.num_nodes * self.num_processes, int(self._tensor_parallel_size)
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self._tensor_parallel_size)
+
+    def settle_sizes(self) -> None:
+        """Takes what is "auto" from the number of processes.
+
+        Raises:
+            InputError: the sizes are not those of so many processes.
+        """
+        ranks, partners = self.num_nodes * self.num_processes, self.tensor_parallel_size
         if self._data_parallel_size == "auto":
             self._data_parallel_size = max(1, ranks // partners)
         if self._data_parallel_size * partners != ranks:
@@ -49,6 +61,9 @@ class MeshStrategy(ModelParallelStrategy):
                 f"trainer.strategy: data_parallel_size {self._data_parallel_size} by tensor_parallel_size {partners} "
                 f"are {self._data_parallel_size * partners} processes, and trainer.devices by trainer.num_nodes {ranks}"
             )
+
+    def setup_environment(self) -> None:
+        self.settle_sizes()
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -72,9 +87,9 @@ class MeshStrategy(ModelParallelStrategy):
 class CompressedDDPStrategy(DDPStrategy):
     """Data parallelism whose gradients travel in bfloat16, half the bytes: ``--trainer.strategy ddp_bf16``.
 
-    Torch's communication hook ``bf16_compress_hook``: each rank's gradient is rounded to bfloat16, the ranks' are summed
-    in it, and the mean goes back to float32. Lightning's own ``ddp_comm_hook`` is registered on GPUs alone, and does
-    nothing elsewhere without a word.
+    Torch's communication hook ``bf16_compress_hook``: each rank's gradient is rounded to bfloat16, the ranks' are
+    summed in it, and the mean goes back to float32. Lightning's own ``ddp_comm_hook`` is registered on GPUs alone, and
+    does nothing elsewhere without a word.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -83,6 +98,33 @@ class CompressedDDPStrategy(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(None, bf16_compress_hook)
+
+
+def check_strategy(trainer: Any, model: Any, checkpoint: Path | None) -> None:
+    """Finds out what cannot work before processes are started.
+
+    Args:
+        checkpoint: to be resumed from.
+
+    Raises:
+        InputError: it cannot.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, MeshStrategy):
+        strategy.settle_sizes()
+        model.require_not_compiled()
+        if strategy.tensor_parallel_size > 1:
+            require_divisible(model.encoder, strategy.tensor_parallel_size)
+    elif isinstance(strategy, ModelParallelStrategy):
+        raise InputError(
+            "trainer.strategy ModelParallelStrategy unpickles checkpoints; give simclr_scale's, MeshStrategy or "
+            "model_parallel, which takes the same arguments"
+        )
+    elif checkpoint is not None and is_sharded_checkpoint(checkpoint):
+        raise InputError(
+            f"{checkpoint} is a folder of shards: resume it with --trainer.strategy model_parallel, on any number of "
+            "devices, one included"
+        )
 
 
 def gradient_bytes_of_a_number(strategy: object) -> int:

@@ -88,7 +88,9 @@ def collectives_of_a_step(
             found.append(Collective("batch_norm", "all_gather", (2 * norm.num_features + 1) * _NUMBER, forwards))
             found.append(Collective("batch_norm", "all_reduce", 2 * norm.num_features * _NUMBER, backwards))
     if ddp:
-        found.append(Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss]) * gradient_size // _NUMBER))
+        found.append(
+            Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss]) * gradient_size // _NUMBER)
+        )
         found.append(Collective("buffers", "broadcast", _buffer_bytes([encoder, head, loss])))
     if probe is not None:
         found.append(Collective("probe", "all_reduce", sum(p.nbytes for p in probe.parameters()) + _NUMBER))

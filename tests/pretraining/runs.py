@@ -164,6 +164,7 @@ class Pairs(Dataset[Any]):
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, data: Iterable[Any] | None = None, **options: Any) -> Any:
     """A plain Trainer on a plain DataLoader; returns the trainer."""
+    ckpt_path = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         **{
             "accelerator": "cpu",
@@ -177,5 +178,5 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, data: Iterable[Any]
             **options,
         }
     )
-    trainer.fit(module, DataLoader(Pairs(), batch_size=8) if data is None else data)
+    trainer.fit(module, DataLoader(Pairs(), batch_size=8) if data is None else data, ckpt_path=ckpt_path)
     return trainer
