@@ -58,7 +58,7 @@ _HELP = {
     "trainer.accelerator": "cpu, gpu or mps; auto takes the best there is",
     "trainer.devices": "processes on this machine, one a device: their number, or a list of devices",
     "trainer.num_nodes": "machines",
-    "trainer.strategy": "how processes work together, such as ddp",
+    "trainer.strategy": "how processes work together: ddp, ddp_bf16 (gradients in bfloat16), model_parallel (FSDP2), ...",
     "trainer.precision": "32-true, bf16-mixed, 16-mixed, ...; null: 32-true; auto: bf16-mixed where the device has it",
 }
 

@@ -50,6 +50,22 @@ OPTIONS = [
     ("--model.lr_scaling cubic", "model.lr_scaling: expected one of 'linear', 'sqrt'; got cubic"),
     ("--trainer.accelerator gup", "trainer: You selected an invalid accelerator name: `accelerator='gup'`"),
     ("--trainer.strategy dpp", "trainer: You selected an invalid strategy name: `strategy='dpp'`"),
+    (
+        "--trainer.devices 3 --trainer.strategy MeshStrategy --trainer.strategy.tensor_parallel_size 2",
+        "data_parallel_size 1 by tensor_parallel_size 2 are 2 processes, and trainer.devices by trainer.num_nodes 3",
+    ),
+    (
+        "--trainer.devices 2 --trainer.strategy MeshStrategy --trainer.strategy.tensor_parallel_size 2",
+        "tensor_parallel_size 2 is for vision transformers of timm's plain blocks, and model.encoder simclr_resnet_tiny",
+    ),
+    (
+        "--trainer.devices 2 --trainer.strategy model_parallel --model.compile true",
+        "model.compile is not supported with a trainer.strategy that shards weights: leave one out",
+    ),
+    (
+        "--trainer.strategy ModelParallelStrategy --trainer.strategy.data_parallel_size 1",
+        "trainer.strategy ModelParallelStrategy unpickles checkpoints; give simclr_scale's, MeshStrategy or model_par",
+    ),
     ("--model.init_from nowhere", "there is no encoder 'nowhere'; give a run, a bundle or a .ckpt file"),
     ("--model.init_from random:resnet18", "model.init_from random:resnet18: its weights do not fit model.encoder"),
     # types

@@ -56,6 +56,10 @@ def test_devices_that_are_not_in_this_machine(command: Command, tmp_path: Path) 
 
 
 MISTAKES = [
+    (
+        "--trainer.strategy model_parallel",
+        "trainer.strategy model_parallel: plan does not model weights that are sharded",
+    ),
     ("--devices 3", "data.global_batch_size 16 does not divide by the 3 ranks; use 15"),
     ("--trainer.devices 3", "data.global_batch_size 16 does not divide by the 3 ranks; use 15"),
     (

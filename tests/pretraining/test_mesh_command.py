@@ -1,4 +1,4 @@
-"""The command on meshes of processes that it starts itself: training, resuming elsewhere, and what is read afterwards."""
+"""The command on meshes of processes that it starts: training, resuming elsewhere, and what is read afterwards."""
 
 import json
 import os

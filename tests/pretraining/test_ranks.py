@@ -200,7 +200,7 @@ def test_step_equals_one_process(
 
 
 def step_with_local_batch_norm(rank: int, world_size: int) -> dict[str, float]:
-    with mock.patch("simclr_scale.pretraining.simclr.convert_global_batch_norm", lambda module: module):
+    with mock.patch("simclr_scale.pretraining.simclr.convert_global_batch_norm", lambda module, group: module):
         return step_against_one_process(rank, world_size, "tiny", {}, False)[2]
 
 
