@@ -132,6 +132,17 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     return _ours(checkpoint, path)
 
 
+def require_checkpoint(path: Path) -> None:
+    """Raises InputError where `read_checkpoint` would, but reads no weights of one in shards."""
+    if not is_sharded_checkpoint(path):
+        read_checkpoint(path)
+        return
+    from simclr_scale.bundle.sharded import read_facts, read_metadata
+
+    read_metadata(path)
+    _ours(read_facts(path) | {"state_dict": {}}, path)
+
+
 def _ours(checkpoint: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(checkpoint, Mapping) or BUNDLE_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise InputError(f"{path} was not written by simclr_scale: it has no entry {BUNDLE_KEY!r}")

@@ -9,6 +9,7 @@ import io
 import math
 import pathlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,7 +155,10 @@ def load_shards(state: dict[str, Any], folder: Path, *, alone: bool = False) -> 
         InputError: a file is missing or damaged, or a key of the state is not among those that were written.
     """
     try:
-        dcp.load(state, storage_reader=ShardReader(folder), planner=ValuesPlanner(), no_dist=alone)
+        with warnings.catch_warnings():
+            # That one process reads by itself, which was asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(state, storage_reader=ShardReader(folder), planner=ValuesPlanner(), no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, InputError):

@@ -58,7 +58,7 @@ _HELP = {
     "trainer.accelerator": "cpu, gpu or mps; auto takes the best there is",
     "trainer.devices": "processes on this machine, one a device: their number, or a list of devices",
     "trainer.num_nodes": "machines",
-    "trainer.strategy": "how processes work together: ddp, ddp_bf16 (gradients in bfloat16), model_parallel (FSDP2), ...",
+    "trainer.strategy": "how processes work together: ddp, ddp_bf16 (gradients in bfloat16), model_parallel (FSDP2)",
     "trainer.precision": "32-true, bf16-mixed, 16-mixed, ...; null: 32-true; auto: bf16-mixed where the device has it",
 }
 
@@ -262,6 +262,8 @@ def quieten() -> None:
     """Keeps what Lightning says to its developers, hints and advertisements from the user's screen."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # That gathering a tensor sharded twice takes two steps, from every rank.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import Namespace
 
-from simclr_scale.bundle.loading import is_checkpoint, read_checkpoint
+from simclr_scale.bundle.loading import is_checkpoint, require_checkpoint
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.checkpointing import newest_intact
 from simclr_scale.pretraining.run_folder import CONFIG
@@ -87,7 +87,7 @@ def find_start(config: Namespace, default_name: Callable[[], str]) -> Start:
         checkpoint = Path(resume)
         if not is_checkpoint(checkpoint):
             raise InputError(f"--resume {resume}: there is no such checkpoint; give 'auto' or a .ckpt file of a run")
-        read_checkpoint(checkpoint)
+        require_checkpoint(checkpoint)
         folder = runs / name if name else checkpoint.resolve().parent.parent
         if not (folder / CONFIG).is_file():
             raise InputError(f"--resume {resume}: {folder} is not a run, it has no {CONFIG}")

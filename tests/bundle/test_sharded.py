@@ -19,6 +19,9 @@ from simclr_scale.bundle.sharded import FACTS, SHARDS_METADATA, load_shards, rea
 from simclr_scale.errors import InputError
 from simclr_scale.models import create_encoder
 
+# Of writing by one process, as only these tests do.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+
 
 class Hostile:
     """Makes a folder where it is unpickled."""

@@ -56,7 +56,7 @@ OPTIONS = [
     ),
     (
         "--trainer.devices 2 --trainer.strategy MeshStrategy --trainer.strategy.tensor_parallel_size 2",
-        "tensor_parallel_size 2 is for vision transformers of timm's plain blocks, and model.encoder simclr_resnet_tiny",
+        "tensor_parallel_size 2 is for vision transformers of timm's plain blocks, and model.encoder simclr_resnet",
     ),
     (
         "--trainer.devices 2 --trainer.strategy model_parallel --model.compile true",

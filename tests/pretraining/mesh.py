@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
     "adamw in lists": partial(torch.optim.AdamW, foreach=True),
 }
-RATES = {"lars": 3.0, "adamw": 0.03, "adamw in lists": 0.03}
+RATES = {"lars": 30.0, "adamw": 0.03, "adamw in lists": 0.03}
 
 
 class Losses(pl.Callback):
@@ -97,25 +97,30 @@ def train(
         strategy = MeshStrategy(*mesh, save_distributed_checkpoint=not whole, process_group_backend="gloo")
     ckpt_path = options.pop("ckpt_path", None)
     # A plain DataLoader, as anyone's; the data module's own shares are another test's.
-    loader = DataLoader(Pairs(BATCH * BATCHES), batch_sampler=Shares(data_rank, data_ranks))  # type: ignore[arg-type]
-    module.global_batch_size = lambda: BATCH  # type: ignore[method-assign]  a batch sampler tells none
-    with torch.random.fork_rng():
-        fit(
-            module,
-            losses,
-            *callbacks,
-            data=loader,
-            ckpt_path=ckpt_path,
-            devices=ranks,
-            strategy=strategy,
-            plugins=[] if mesh is None else [Pool(rank, ranks)],
-            precision="64-true",
-            max_epochs=EPOCHS,
-            log_every_n_steps=1,
-            use_distributed_sampler=False,
-            **options,
-        )
-    torch.set_default_dtype(torch.float32)
+    data = Pairs(BATCH * BATCHES)
+    data.views = data.views.double()
+    loader = DataLoader(data, batch_sampler=Shares(data_rank, data_ranks))  # type: ignore[arg-type]
+    module.double()  # Lightning's 64-true is not for meshes
+    module.global_batch_size = lambda: BATCH  # type: ignore[method-assign]  # a batch sampler tells none
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            fit(
+                module,
+                losses,
+                *callbacks,
+                data=loader,
+                ckpt_path=ckpt_path,
+                devices=ranks,
+                strategy=strategy,
+                plugins=[] if mesh is None else [Pool(rank, ranks)],
+                max_epochs=EPOCHS,
+                log_every_n_steps=1,
+                use_distributed_sampler=False,
+                **options,
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
     return losses.values
 
 

@@ -1,10 +1,12 @@
 """FSDP2 and tensor parallelism on real gloo processes, against one process that holds the whole batch, in float64."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from simclr_scale.errors import InputError
 from simclr_scale.models import create_encoder
 from simclr_scale.models.tensor_parallel import require_divisible
 from simclr_scale.optim.norms import whole_norms
+from simclr_scale.pretraining.agreement import Agreement
+from simclr_scale.pretraining.bad_steps import BadSteps
 from simclr_scale.pretraining.sharding import blocks_of
 from simclr_scale.pretraining.strategies import MeshStrategy
 from tests.gloo_pool import GlooPool
@@ -113,6 +117,32 @@ def forward_by_rows(rank: int, world_size: int) -> tuple[float, float]:
     for layer in layers:
         layer._own = lambda parameter: parameter.chunk(world_size)[rank]  # type: ignore[method-assign]
     return (divided(x) - expected).abs().max().item(), right
+
+
+class Poison(pl.Callback):
+    """Spoils one shard of one gradient, on one rank, in the second step."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            pl_module.encoder.blocks[1].attn.qkv.weight.grad.to_local()[0, 0] = torch.nan
+
+
+def with_a_bad_step(rank: int, world_size: int, mesh: tuple[int, int], folder: str) -> tuple[int, dict[str, Tensor]]:
+    module, bad_steps = model("vit", "adamw"), BadSteps(folder=Path(folder))
+    train(module, rank, mesh, Poison(), Agreement(), bad_steps)
+    return bad_steps.total, {key: value.clone() for key, value in weights(module).items()}
+
+
+def test_a_shard_that_is_not_finite_is_everyones_bad_step(gloo: GlooPool, tmp_path: Path) -> None:
+    results = gloo(4, with_a_bad_step, (2, 2), str(tmp_path))
+    assert [total for total, _ in results] == [1] * 4
+    for _, whole in results:
+        assert all(value.isfinite().all() for value in whole.values())
+        assert largest(whole, results[0][1]) == 0
+    [record] = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
+    assert (record["step"], record["not_finite"]) == (1, ["encoder.blocks.1.attn.qkv.weight"])
+    assert record["gradient_norm"] == "nan"
+    assert 1 < record["weight_norm"] < 1000
 
 
 def save_on_a_mesh(rank: int, world_size: int, mesh: tuple[int, int], path: str, whole: bool) -> dict[str, Tensor]:
