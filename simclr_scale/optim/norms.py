@@ -9,13 +9,14 @@ from simclr_scale.optim.lars_sharded import Shards, is_sharded
 
 
 def local_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(P,) float32, the norm of each, of a sharded one that of this rank's part."""
+    """(P,) float32, float64 where any is of that: the norm of each, of a sharded one that of this rank's part."""
     parts = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
-    return torch.stack([norm.float() for norm in torch._foreach_norm(parts, 2, torch.float32)])
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    return torch.stack(torch._foreach_norm(parts, 2, wide))
 
 
 def whole_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(P,) float32, the norm of each. Every rank must call it with the same tensors, where any of them is sharded."""
+    """(P,), the norm of each. Every rank must call it with the same tensors, where any of them is sharded."""
     squares = local_norms(tensors).square_()
     rows: dict[Shards, list[int]] = {}
     for row, tensor in enumerate(tensors):
