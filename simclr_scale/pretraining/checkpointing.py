@@ -179,7 +179,8 @@ def publish(beside: Path, path: Path) -> None:
     partial = checksum.with_name(f".{checksum.name}.partial")
     partial.write_text(_checksums(beside, path.name))
     os.replace(partial, checksum)
-    if path.is_dir():  # of a course of the run that was left; a file is just replaced
+    if path.exists() and (path.is_dir() or beside.is_dir()):
+        # Of a course of the run that was left. No folder is replaced by a file, nor a file by a folder.
         _remove(path)
     os.replace(beside, path)
     link, last = path.with_name(f".{LAST}.partial"), path.with_name(LAST)

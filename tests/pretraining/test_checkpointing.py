@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,3 +241,44 @@ def test_newest_intact(tmp_path: Path) -> None:
 def test_arguments_out_of_range(option: str) -> None:
     with pytest.raises(InputError, match=f"checkpoint.{option} must be at least 1, got 0"):
         RunCheckpoint(**{option: 0})
+
+
+def written_folder(folder: Path, step: int, content: str = "x") -> Path:
+    beside = folder / f".step={step}.ckpt.partial"
+    beside.mkdir()
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+        (beside / name).write_text(f"{content}{name}")
+    publish(beside, path := folder / f"step={step}.ckpt")
+    return path
+
+
+def test_a_folder_of_shards_is_whole_or_passed_over(tmp_path: Path) -> None:
+    first, second = written_folder(tmp_path, 1), written_folder(tmp_path, 2)
+    assert (tmp_path / "last.ckpt").resolve() == second.resolve()
+    assert newest_intact(tmp_path) == (second, [])
+    done = subprocess.run(["sha256sum", "-c", "step=2.ckpt.sha256"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("OK")) == (0, 3)
+    for damage in (
+        lambda: (second / "__1_0.distcp").unlink(),
+        lambda: (second / "__1_0.distcp").write_text("other"),
+        lambda: (second / "more").write_text("more"),
+        lambda: shutil.rmtree(second),
+    ):
+        damage()
+        found, damaged = newest_intact(tmp_path)
+        assert found == first
+        assert damaged == ([second] if second.exists() else [])
+        shutil.rmtree(second, ignore_errors=True)
+        second = written_folder(tmp_path, 2)
+
+
+def test_a_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(tmp_path: Path) -> None:
+    (beside := tmp_path / ".partial").write_text("whole")
+    publish(beside, tmp_path / "step=1.ckpt")
+    assert newest_intact(tmp_path) == (written_folder(tmp_path, 1), [])
+    assert newest_intact(tmp_path) == (written_folder(tmp_path, 1, "again"), [])
+    beside.write_text("whole")
+    publish(beside, tmp_path / "step=1.ckpt")
+    assert newest_intact(tmp_path) == (tmp_path / "step=1.ckpt", [])
+    assert (tmp_path / "last.ckpt").read_text() == "whole"
+    assert not (tmp_path / "last.ckpt").is_symlink()
