@@ -259,12 +259,12 @@ def test_a_folder_of_shards_is_whole_or_passed_over(tmp_path: Path) -> None:
     done = subprocess.run(["sha256sum", "-c", "step=2.ckpt.sha256"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count("OK")) == (0, 3)
     for damage in (
-        lambda: (second / "__1_0.distcp").unlink(),
-        lambda: (second / "__1_0.distcp").write_text("other"),
-        lambda: (second / "more").write_text("more"),
-        lambda: shutil.rmtree(second),
+        lambda folder: (folder / "__1_0.distcp").unlink(),
+        lambda folder: (folder / "__1_0.distcp").write_text("other"),
+        lambda folder: (folder / "more").write_text("more"),
+        lambda folder: shutil.rmtree(folder),
     ):
-        damage()
+        damage(second)
         found, damaged = newest_intact(tmp_path)
         assert found == first
         assert damaged == ([second] if second.exists() else [])
