@@ -25,7 +25,7 @@ from simclr_scale.evaluation import (
     fine_tune,
 )
 from simclr_scale.evaluation.augmented_images import AugmentedImages
-from simclr_scale.evaluation.finetune import finetune_settings
+from simclr_scale.evaluation.finetune import Choices
 from simclr_scale.models import ClassificationHead, ImageClassifier, PixelEncoder, ProjectionHead
 from tests.evaluation.stripes import CLASSES, TRANSFORM, StripeSource, tiny_encoder, tiny_head
 from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder
@@ -346,7 +346,7 @@ def test_classes_are_matched_by_name() -> None:
     ],
 )
 def test_the_protocols_are_the_published_ones(protocol: Any, share: float, expected: tuple[Any, ...]) -> None:
-    settings, layer = finetune_settings(protocol, head=ProjectionHead(8), share=share)
+    settings, layer = Choices(protocol, head=ProjectionHead(8)).settled(share)
     assert (settings.optimizer, settings.learning_rate, settings.epochs, settings.batch_size, layer) == expected
     assert settings.weight_decay == 0
     network = ImageClassifier(tiny_encoder(), ClassificationHead(8, CLASSES, tiny_head(), 1))
@@ -363,9 +363,9 @@ def test_the_protocols_are_the_published_ones(protocol: Any, share: float, expec
 
 
 def test_an_override_keeps_the_rule_of_its_optimizer() -> None:
-    settings, layer = finetune_settings("v1", optimizer="lars", head=ProjectionHead(8), from_head_layer=2, epochs=3)
+    settings, layer = Choices("v1", optimizer="lars", head=ProjectionHead(8), from_head_layer=2, epochs=3).settled()
     assert (settings.optimizer, settings.learning_rate, settings.epochs, layer) == ("lars", 0.005, 3, 2)
-    settings, layer = finetune_settings("v2", from_head_layer=0, optimizer="sgd", learning_rate=0.2, batch_size=7)
+    settings, layer = Choices("v2", from_head_layer=0, optimizer="sgd", learning_rate=0.2, batch_size=7).settled()
     assert (settings.optimizer, settings.learning_rate, settings.batch_size, layer) == ("sgd", 0.2, 7, 0)
 
 
