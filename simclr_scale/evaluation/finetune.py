@@ -328,4 +328,5 @@ def evaluate_finetune(
         settings={"protocol": protocol, "from_head_layer": layer, **settings.record(), "seed": seed},
         details=details,
         answers=answers,
+        warnings=settings.warnings(max(len(pair.rows(selection)) for selection in chosen.selections)),
     )

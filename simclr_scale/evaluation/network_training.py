@@ -31,6 +31,10 @@ LossOfBatch = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (b, C), images (b, channels, H, W) on the device, indices (b,)) -> the sum of the losses, a scalar."""
 
 
+# The published 60 epochs of 1% of ImageNet are 3,000 steps.
+_FEW_STEPS = 300
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a network is trained; the rate decays by a cosine to 0, without warm-up."""
@@ -59,6 +63,17 @@ class TrainingSettings:
         settings = {**asdict(self), "peak_learning_rate": rule[_SCALING[self.optimizer]]}
         settings["finetune_batch_size"] = settings.pop("batch_size")
         return settings | {"schedule": "cosine", "augmentation": "random resized crop, flip"}
+
+    def warnings(self, images: int) -> tuple[str, ...]:
+        """That so many images and epochs make too few steps for the rate to matter, where they do."""
+        batch = min(self.batch_size, images)
+        steps = self.epochs * (images // batch)
+        if steps >= _FEW_STEPS:
+            return ()
+        return (
+            f"trained for {steps} steps in all, {batch} of {images:,} images a step: few for a whole network, whose "
+            "score may be below that of a linear classifier; a smaller finetune_batch_size or more epochs make more",
+        )
 
     def make_optimizer(self, network: ImageClassifier, batch_size: int) -> torch.optim.Optimizer:
         """At its peak rate. Google's LARS leaves the supervised layer out, by name, from decay and from adaptation."""

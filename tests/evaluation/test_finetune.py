@@ -237,7 +237,7 @@ def _evaluated(rank: int, world_size: int) -> tuple[tuple[float, ...], tuple[str
 
 def test_an_evaluation_is_the_same_on_two_ranks(gloo: GlooPool) -> None:
     alone = _evaluated(0, 1)
-    assert [warning.partition(" of ")[0] for warning in alone[1]] == ["2", "1"]
+    assert [warning.partition(" of ")[0] for warning in alone[1]] == ["2", "1", "trained for 6 steps in all, 8"]
     assert gloo(2, _evaluated) == [alone] * 2
 
 
@@ -302,6 +302,13 @@ def test_the_record_is_whole(learned: tuple[Any, TrainedClassifier]) -> None:
     with torch.no_grad():
         pictures = torch.stack([TRANSFORM(StripeSource(60, seed=1).image(i)) for i in range(60)])
         assert tuned.network(pictures).argmax(1).tolist() == outcome.answers[0].tolist()
+
+
+def test_few_steps_are_told() -> None:
+    assert TrainingSettings("sgd", 0.05, 60, 256).warnings(12_811) == ()  # 1% of ImageNet
+    [warning] = TrainingSettings("sgd", 0.05, 30, 256).warnings(410)
+    assert warning.startswith("trained for 30 steps in all, 256 of 410 images a step")
+    assert TrainingSettings("sgd", 0.05, 300, 256).warnings(10) == ()
 
 
 def test_draws_of_few_labels_are_trainings_of_their_own() -> None:
