@@ -90,10 +90,26 @@ class CompressedDDPStrategy(DDPStrategy):
     Torch's communication hook ``bf16_compress_hook``: each rank's gradient is rounded to bfloat16, the ranks' are
     summed in it, and the mean goes back to float32. Lightning's own ``ddp_comm_hook`` is registered on GPUs alone, and
     does nothing elsewhere without a word.
+
+    Args:
+        find_unused_parameters, static_graph, gradient_as_bucket_view: of ``DistributedDataParallel``.
+        process_group_backend: None: nccl on GPUs, gloo on CPUs.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(ddp_comm_hook=bf16_compress_hook, **options)
+    def __init__(
+        self,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            ddp_comm_hook=bf16_compress_hook,
+            process_group_backend=process_group_backend,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+        )
 
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
