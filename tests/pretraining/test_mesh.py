@@ -27,7 +27,6 @@ from tests.pretraining.mesh import STEPS, model, save_to, train, weights
 from tests.pretraining.runs import QUIET
 
 pytestmark = QUIET
-MESHES = [(2, 1), (1, 2), (2, 2)]
 TOLERANCE = 1e-9
 
 
@@ -70,12 +69,15 @@ def on_a_mesh(
 @pytest.mark.parametrize(
     ("mesh", "encoder", "optimizer", "options"),
     [
-        *((mesh, "vit", "lars", {}) for mesh in MESHES),
-        ((2, 2), "vit", "adamw", {"gradient_clip_val": 0.01}),
-        ((1, 2), "vit", "adamw in lists", {}),
+        ((2, 2), "vit", "lars", {}),
+        ((1, 2), "vit", "adamw", {"gradient_clip_val": 0.01}),
         ((2, 1), "resnet", "lars", {"channels_last": True}),
-        ((2, 1), "resnet", "adamw", {}),
-        ((2, 2), "vit", "adamw", {"chunk_size": 3}),
+        pytest.param((2, 1), "vit", "lars", {}, marks=pytest.mark.slow),
+        pytest.param((1, 2), "vit", "lars", {}, marks=pytest.mark.slow),
+        pytest.param((2, 2), "vit", "adamw", {"gradient_clip_val": 0.01}, marks=pytest.mark.slow),
+        pytest.param((1, 2), "vit", "adamw in lists", {}, marks=pytest.mark.slow),
+        pytest.param((2, 1), "resnet", "adamw", {}, marks=pytest.mark.slow),
+        pytest.param((2, 2), "vit", "adamw", {"chunk_size": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_trains_as_one_process(
@@ -91,7 +93,7 @@ def test_a_mesh_trains_as_one_process(
         assert mine == pytest.approx(losses, abs=TOLERANCE)
         assert largest(whole, after) < TOLERANCE
         expected = [after[f"encoder.{name}"].norm().item() for name, _ in before.encoder.named_parameters()]
-        assert facts["norms"] == pytest.approx(expected, rel=1e-6)
+        assert facts["norms"] == pytest.approx(expected, rel=1e-6, abs=TOLERANCE)
         assert facts["stored"] < 0.75 * parameters, "each rank keeps a part"
 
 
@@ -157,7 +159,10 @@ def resume_on_a_mesh(rank: int, world_size: int, mesh: tuple[int, int], path: st
     return len(losses), {key: value.clone() for key, value in weights(module).items()}
 
 
-def test_a_checkpoint_is_resumed_on_any_mesh(gloo: GlooPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "meshes", [[(1, 2)], pytest.param([(2, 2), (2, 1), (1, 1)], marks=pytest.mark.slow)], ids=["another", "all"]
+)
+def test_a_checkpoint_is_resumed_on_any_mesh(gloo: GlooPool, tmp_path: Path, meshes: list[tuple[int, int]]) -> None:
     _, after = in_one_process("vit", "adamw")
     shards = tmp_path / "step=2.ckpt"
     assert largest(gloo(4, save_on_a_mesh, (2, 2), str(shards), False)[0], after) < TOLERANCE
@@ -166,7 +171,7 @@ def test_a_checkpoint_is_resumed_on_any_mesh(gloo: GlooPool, tmp_path: Path) -> 
         *(f"__{rank}_0.distcp" for rank in range(4)),
         "meta.pt",
     ]
-    for mesh in [(2, 2), (2, 1), (1, 2), (1, 1)]:
+    for mesh in meshes:
         for steps, whole in gloo(mesh[0] * mesh[1], resume_on_a_mesh, mesh, str(shards)):
             assert steps == STEPS // 2
             assert largest(whole, after) < TOLERANCE, mesh
