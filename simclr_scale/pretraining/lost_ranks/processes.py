@@ -13,7 +13,8 @@ from pathlib import Path
 class Process:
     """A process of a job.
 
-    ``space`` is equal for processes that see each other's pids: the same boot of the same machine, the same container.
+    ``space`` is equal for processes that see each other's pids and are one node of a network: the same boot of the same
+    machine, the same container.
     ``started`` tells a process from a later one of the same pid.
     """
 
@@ -43,7 +44,7 @@ class Process:
 def _space() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.readlink('/proc/self/ns/net')}"
     except OSError:  # no Linux, and so no containers that share a name
         return platform.node()
 
