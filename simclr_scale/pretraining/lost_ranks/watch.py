@@ -46,6 +46,7 @@ class Watch:
         self._missed: dict[int, int] = {}  # processes found to be gone, and the round of the exchange at the time
         self._child_failed_at: float | None = None
         self._failed_at = self._joined_at = 0.0
+        self.ends = False
         self.waits_for_verdict = False  # the main thread has lost its connections: the watch is to say why
         self._thread = threading.Thread(target=self._run, daemon=True, name="rank-watch")
 
@@ -59,7 +60,12 @@ class Watch:
         self.exchange = exchange
 
     def failing(self, message: str, state: str = FAILED) -> None:
-        """The main thread of this rank is about to end by itself, with an error or (ENDED) without."""
+        """The main thread of this rank is about to end by itself, with an error or (ENDED) without.
+
+        Does not return where the watch is ending the process: what fails then fails because of that.
+        """
+        if self.ends:
+            threading.Event().wait()
         self.pulse.message, self.pulse.state = message, state
         self._failed_at = self.clock.now
         if self.exchange is not None:
@@ -190,6 +196,7 @@ class Watch:
 
     def _end(self, loss: Loss) -> None:
         """The end of this process, from beside its main thread; the other ranks are told first."""
+        self.ends = True
         exchange = self.exchange
         neighbours = self._neighbours(exchange) if exchange is not None else {}
         judged_here = exchange is not None and exchange.verdict is None
@@ -202,14 +209,14 @@ class Watch:
         bounded = threading.Thread(target=self.tidy, daemon=True)
         bounded.start()
         bounded.join(1.0)
-        if exchange is not None and (judged_here or self.pulse.rank == 0):
-            # They hear of it from the store, which may end with this process.
-            time.sleep(2 * self.limits.interval)
-        for rank in loss.ranks:
-            if rank in neighbours:  # stopped or hung, it would stay for ever
-                neighbours[rank].pulse.process.kill()
-        self._kill_launched()
         kill_own_workers()
+        lost_here = [neighbours[rank].pulse.process for rank in loss.ranks if rank in neighbours]
+        if judged_here or self.pulse.rank == 0 or any(process.runs() for process in lost_here):
+            # The others hear of it from the store, which may end with this process, and end by themselves.
+            time.sleep(2 * self.limits.interval)
+        for process in lost_here:
+            process.kill()  # stopped, it would stay for ever
+        self._kill_launched()
         os._exit(1)
 
     def _wait_for_launched(self, seconds: float) -> None:
