@@ -32,7 +32,7 @@ def gone(pulses: list[Pulse], size: int, how: str = "was killed, perhaps for wan
     if not pulses:
         return None
     pulse, *others = sorted(pulses, key=lambda pulse: pulse.rank)
-    more = f"; so are ranks {_listed(other.rank for other in others)}" if others else ""
+    more = f"; so {'is' if len(others) == 1 else 'are'} {_listed(other.rank for other in others)}" if others else ""
     reason = f"{name_of(pulse, size)} is gone: it {how}, in step {pulse.step} ({pulse.doing}){more}"
     return Loss(reason, (pulse.rank, *(other.rank for other in others)))
 
@@ -41,7 +41,7 @@ def never_heard(ranks: list[int], seconds: float, size: int) -> Loss | None:
     """Ranks that met the others and have not beaten once since."""
     if not ranks:
         return None
-    return Loss(f"rank {_listed(ranks)} of {size} has not been heard of for {seconds:.0f} s", tuple(ranks))
+    return Loss(f"nothing has been heard of {_listed(ranks)} of {size} for {seconds:.0f} s", tuple(ranks))
 
 
 def cut_off(first: Pulse | None, seconds: float, size: int, failure: str | None) -> Loss:
@@ -62,7 +62,7 @@ def silent(heard: Mapping[int, Heard], now: float, limits: Limits, size: int) ->
     if not lost:
         return None
     (rank, h), *others = lost
-    more = f", and so have ranks {_listed(r for r, _ in others)}" if others else ""
+    more = f", and so {'has' if len(others) == 1 else 'have'} {_listed(r for r, _ in others)}" if others else ""
     reason = (
         f"{name_of(h.pulse, size)} has been silent for {now - h.beat_at:.0f} s{more}: it is stopped, its machine is "
         f"down or the network is; its last word was of step {h.pulse.step} ({h.pulse.doing})"
@@ -92,7 +92,7 @@ def standing_still(heard: Mapping[int, Heard], now: float, limits: Limits, size:
     if len(behind) == len(running):
         return Loss(f"no rank has got on for {seconds:.0f} s: all {size} stand in {where}", lost)
     who = name_of(pulse, size)
-    more = f", as do ranks {_listed(lost[1:])}," if len(behind) > 1 else ""
+    more = f", as {'does' if len(behind) == 2 else 'do'} {_listed(lost[1:])}," if len(behind) > 1 else ""
     return Loss(f"{who} hangs: for {seconds:.0f} s it has stood in {where}{more} while the others wait", lost)
 
 
@@ -102,4 +102,6 @@ def _runs(heard: Heard) -> bool:
 
 def _listed(ranks: Iterable[int]) -> str:
     numbers = [str(rank) for rank in ranks]
-    return ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    return f"ranks {', '.join(numbers[:8])}" + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
