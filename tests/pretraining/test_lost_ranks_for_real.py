@@ -83,6 +83,20 @@ def test_the_other_one_says_which(
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_at_its_start(images: Path, tmp_path: Path) -> None:
+    """Before the ranks have met, and so before any heartbeat."""
+    with two_ranks(command(images, tmp_path, *ENDLESS)) as run:
+        pid = run.wait_for_rank(1)
+        os.kill(pid, signal.SIGKILL)
+        status, lines, _ = run.end()
+    assert status == 1
+    assert lines == [
+        f"{ERROR}rank 1 of 2 (process {pid}) was killed (SIGKILL) at its start; --resume auto --name x continues from the "
+        "last checkpoint"
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_beats_and_hangs(images: Path, tmp_path: Path, rank: int) -> None:
     """Its images do not come: the process that reads them is stopped, as by a file system that does not answer."""

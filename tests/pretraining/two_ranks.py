@@ -58,6 +58,14 @@ class TwoRanks:
                 return pid
         raise ProcessLookupError(f"there is no rank {rank}")
 
+    def wait_for_rank(self, rank: int) -> int:
+        """The pid of a rank as soon as there is one."""
+        deadline = time.monotonic() + HANGS_AFTER
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(ProcessLookupError, FileNotFoundError):
+                return self.rank(rank)
+        raise AssertionError(f"rank {rank} does not come")
+
     def workers(self, rank: int) -> list[int]:
         """The pids of the processes that read images for a rank."""
         others = {self.rank(1 - rank)}

@@ -51,6 +51,9 @@ class _Launcher(_SubprocessScriptLauncher):
 class WatchedRanks:
     """Ends a run in which a rank is lost; does nothing where there is one rank alone.
 
+    Nor for strategies that fork or spawn within one process (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), which have
+    an end of their own: that process waits for the others and raises what they raise.
+
     Args:
         limits: of silence and standstill; see :class:`Limits`.
         say: prints a verdict for the user, from any thread.
@@ -72,7 +75,8 @@ class WatchedRanks:
             RunFailed: the processes do not come together.
             SystemExit: with status 1, where another rank of this machine tells the error of this one.
         """
-        if self._trainer.world_size == 1:
+        launcher = self._trainer.strategy.launcher
+        if self._trainer.world_size == 1 or not isinstance(launcher, _SubprocessScriptLauncher):
             yield
             return
         self._install()
@@ -90,8 +94,7 @@ class WatchedRanks:
         if hasattr(strategy, "_timeout"):
             strategy._timeout = timedelta(seconds=max(self._limits.timeout, _LEAST_TIME_TO_MEET))
         launcher = strategy.launcher
-        if type(launcher) is _SubprocessScriptLauncher:
-            strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+        strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         meet = strategy.setup_environment
 
         def setup_environment() -> None:
