@@ -274,8 +274,9 @@ def main(argv: list[str]) -> None:
     continues = f"--resume auto --name {name} continues from the last checkpoint"
 
     def say(reason: str) -> None:
+        line = reason if continues in reason else f"{reason}; {continues}"
         # Past Python's own stream, which the main thread may hold.
-        os.write(2, f"{cli.program}: error: {reason}; {continues}\n".encode())
+        os.write(2, f"{cli.program}: error: {line}\n".encode())
 
     ranks = WatchedRanks(cli.trainer, cli.limits, say=say, tidy=progress.close)
     with (

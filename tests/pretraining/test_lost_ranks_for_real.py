@@ -91,8 +91,8 @@ def test_a_rank_that_is_killed_at_its_start(images: Path, tmp_path: Path) -> Non
         status, lines, _ = run.end()
     assert status == 1
     assert lines == [
-        f"{ERROR}rank 1 of 2 (process {pid}) was killed (SIGKILL) at its start; --resume auto --name x continues from the "
-        "last checkpoint"
+        f"{ERROR}rank 1 of 2 (process {pid}) was killed (SIGKILL) at its start; --resume auto --name x continues from "
+        "the last checkpoint"
     ]
 
 
