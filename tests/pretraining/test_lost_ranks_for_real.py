@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from simclr_scale.pretraining.checkpointing import checkpoints, is_intact
 from tests.pretraining.runs import QUIET, arguments
+from tests.pretraining.test_preemption import HANGS_AFTER, assert_gone, family, wait_for
 from tests.pretraining.two_ranks import ERROR, RANKS, TORCHRUN, TwoRanks, environment, two_ranks
 
 pytestmark = QUIET
@@ -157,3 +159,40 @@ def test_an_error_on_one_rank_ends_the_others(images: Path, tmp_path: Path) -> N
     assert status == 1
     assert any(re.search(rf"a process that reads images \(pid {worker}\) (was killed|is gone)", line) for line in lines)
     assert all("--resume auto --name x continues from the last checkpoint" in line for line in lines)
+
+
+def task_of_slurm(rank: int, arguments: list[str], port: int) -> "subprocess.Popen[str]":
+    """As srun starts it."""
+    of_slurm = {"JOB_ID": "17", "JOB_NAME": "x", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1"}
+    of_slurm |= {"PROCID": str(rank), "LOCALID": str(rank), "NODEID": "0"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "simclr_scale", "pretrain", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment(), **meeting, **{f"SLURM_{name}": value for name, value in of_slurm.items()}},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_slurm(images: Path, tmp_path: Path, rank: int) -> None:
+    """The first rank hosts the store, and no process of ours stands above the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = [task_of_slurm(task, command(images, tmp_path, *ENDLESS), port) for task in (0, 1)]
+    try:
+        wait_for(tmp_path / "x" / "checkpoints" / "step=5.ckpt", tasks[0])
+        everybody = [pid for task in tasks for pid in family(task.pid)]
+        tasks[rank].kill()
+        _, errors = tasks[1 - rank].communicate(timeout=HANGS_AFTER)
+        tasks[rank].communicate(timeout=HANGS_AFTER)
+        assert_gone(everybody)
+    finally:
+        for task in tasks:
+            task.kill()
+    assert tasks[1 - rank].returncode == 1
+    [line] = [line for line in errors.splitlines() if line.startswith(ERROR)]
+    assert re.match(rf"{ERROR}rank {rank} of 2 \(\S+, process {tasks[rank].pid}\) is gone: it was killed", line)
