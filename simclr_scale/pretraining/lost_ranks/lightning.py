@@ -18,7 +18,7 @@ from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from simclr_scale.errors import InputError, Preempted, RunFailed
-from simclr_scale.pretraining.lost_ranks.beats import ENDED, Exchange, Pulse, connect_to
+from simclr_scale.pretraining.lost_ranks.beats import ENDED, RUNNING, Exchange, Pulse, connect_to
 from simclr_scale.pretraining.lost_ranks.callback import RankProgress
 from simclr_scale.pretraining.lost_ranks.limits import Limits
 from simclr_scale.pretraining.lost_ranks.processes import Process
@@ -165,8 +165,8 @@ class WatchedRanks:
             # The watch ends this process as soon as it knows more, which is what took the connection away.
             time.sleep(self._limits.silence + 4 * self._limits.interval)
             self._watch.failing(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
-        elif self._watch.pulse.state != ENDED:
-            self.note(error)  # again: what the user is told may be put in better words by now
+        elif self._watch.pulse.state == RUNNING or isinstance(error, InputError | RunFailed):
+            self.note(error)  # perhaps again: what the user is told may be put in better words by now
         return self._watch.close() and isinstance(error, RunFailed)
 
 

@@ -66,8 +66,10 @@ class Watch:
         """
         if self.ends:
             threading.Event().wait()
-        self.pulse.message, self.pulse.state = message, state
+        # In this order: the other thread looks at the time as soon as it sees the state.
         self._failed_at = self.clock.now
+        self.pulse.message = message
+        self.pulse.state = state
         if self.exchange is not None:
             self.exchange.hurry()
 
@@ -99,7 +101,7 @@ class Watch:
         while self.clock.now - began < patience:
             exchange.hurry()
             told = exchange.rounds >= rounds + 2 or exchange.failure is not None
-            leaving = all(h.pulse.state != RUNNING for h in self._peers(exchange).values())
+            leaving = not any(self._is_there(h) for h in self._peers(exchange).values())
             # Another rank waits only for those that may tell the same error.
             if told and (leaving or (self.pulse.rank > 0 and self.pulse.state == ENDED)):
                 break
@@ -109,6 +111,11 @@ class Watch:
             h.pulse.state == FAILED and h.pulse.message == self.pulse.message and rank < self.pulse.rank
             for rank, h in self._neighbours(exchange).items()
         )
+
+    def _is_there(self, heard: Heard) -> bool:
+        process = heard.pulse.process
+        here = process.is_seen_from(self.pulse.process)
+        return heard.pulse.state == RUNNING and (not here or process.runs())
 
     def _run(self) -> None:
         while not self._closed.wait(self.limits.interval / 2):
