@@ -15,7 +15,7 @@ pytestmark = [QUIET, pytest.mark.slow]
 
 STEPS_AN_EPOCH = 5
 # What is allocated once (the first evaluation, the second of the checkpoints that are kept) lies before the first look.
-WARM, END = 600, 2600
+WARM, END = 300, 2300
 TOLERANCE = 0.05
 
 
