@@ -120,6 +120,16 @@ def test_a_rank_that_beats_and_hangs(images: Path, tmp_path: Path, rank: int) ->
 
 
 @pytest.mark.slow
+def test_the_end_does_not_depend_on_anybody_who_reads_the_line(images: Path, tmp_path: Path) -> None:
+    with two_ranks(command(images, tmp_path, *ENDLESS)) as run:
+        run.reach(tmp_path / "x" / "checkpoints" / "step=5.ckpt")
+        assert run.process.stderr is not None
+        run.process.stderr.close()
+        os.kill(run.rank(0), signal.SIGKILL)
+        assert run.process.wait(HANGS_AFTER) == -signal.SIGKILL
+
+
+@pytest.mark.slow
 def test_a_suspended_job_goes_on(images: Path, tmp_path: Path) -> None:
     """All its processes are stopped for longer than a rank may be silent or stand still."""
     epochs = ("--trainer.max_epochs", "30", "--knn.every_n_epochs", "100")

@@ -212,10 +212,8 @@ class Watch:
         # One line from each machine.
         speakers = [r for r, h in neighbours.items() if h.pulse.state == RUNNING and r not in loss.ranks]
         if self.pulse.rank < min(speakers, default=self.size):
-            self.say(loss.reason)
-        bounded = threading.Thread(target=self.tidy, daemon=True)
-        bounded.start()
-        bounded.join(1.0)
+            _attempt(lambda: self.say(loss.reason))
+        _attempt(self.tidy)
         kill_own_workers()
         lost_here = [neighbours[rank].pulse.process for rank in loss.ranks if rank in neighbours]
         if judged_here or self.pulse.rank == 0 or any(process.runs() for process in lost_here):
@@ -236,6 +234,13 @@ class Watch:
             child.kill()
         for child in self.launched.values():
             child.wait()
+
+
+def _attempt(action: Callable[[], None]) -> None:
+    """What may fail or block, as a pipe that nobody reads does, and must not keep the process from its end."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(1.0)
 
 
 def _ended(code: int) -> str:
