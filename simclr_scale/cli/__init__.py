@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         close = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         return fail(f"unknown command {name!r}; {hint}")
+    # Before torch is there: a peer that goes makes its sockets write a stack, beside the one line that names the peer.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         command = COMMANDS[name]
         getattr(import_module(f"simclr_scale.cli.{command.module}"), command.function)(rest)

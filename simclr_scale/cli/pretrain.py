@@ -31,6 +31,7 @@ from simclr_scale.pretraining.checkpointing import RunCheckpoint
 from simclr_scale.pretraining.data_wait import DataWait
 from simclr_scale.pretraining.knn_monitor import KNNMonitor
 from simclr_scale.pretraining.logger import RunLogger
+from simclr_scale.pretraining.lost_ranks import DEFAULT_TIMEOUT, Limits, WatchedRanks
 from simclr_scale.pretraining.preemption import Preemption
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.run_folder import CONFIG, RunFolder
@@ -152,8 +153,9 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default=RUNS_DIR, help="where runs are kept")
         parser.add_argument("--resume", type=str | None, help="'auto' (the newest good checkpoint) or a .ckpt file")
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
-        parser.add_argument("--threads", type=int | None, help="CPU threads of one process; default: torch's choice")
+        parser.add_argument("--threads", type=int | None, help="CPU threads a process; default: torch's choice")
         parser.add_argument("--max_bad_steps", type=int, default=10, help="bad steps in a row to end at")
+        parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds a rank may be missing")
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
@@ -185,6 +187,7 @@ class PretrainCLI(LightningCLI):
             self.config.trainer.precision = fastest_precision(self.config.trainer.accelerator)
         if self.config.max_bad_steps < 1:
             raise InputError(f"--max_bad_steps must be at least 1, got {self.config.max_bad_steps}")
+        self.limits = Limits.of(self.config.timeout)
         self.set_threads()
         self.start = find_start(self.config, lambda: _default_name(self.config))
         if self.start.checkpoint is not None:
@@ -280,7 +283,18 @@ def main(argv: list[str]) -> None:
     checkpoint = str(cli.start.checkpoint) if cli.start.checkpoint is not None else None
     name = cli.start.folder.name
     continues = f"--resume auto --name {name} continues from the last checkpoint"
-    with killed_workers_explained(f"; then {continues}"), lost_files_explained(cli.config.data.source, continues):
+
+    def say(reason: str) -> None:
+        line = reason if continues in reason else f"{reason}; {continues}"
+        # Past Python's own stream, which the main thread may hold.
+        os.write(2, f"{cli.program}: error: {line}\n".encode())
+
+    ranks = WatchedRanks(cli.trainer, cli.limits, say=say, tidy=progress.close)
+    with (
+        ranks.while_fitting(),
+        killed_workers_explained(f"; then {continues}"),
+        lost_files_explained(cli.config.data.source, continues),
+    ):
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         except Preempted:

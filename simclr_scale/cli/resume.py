@@ -33,6 +33,7 @@ _HARMLESS = (
     "data.in_memory",
     "data.max_bad_fraction",
     "max_bad_steps",
+    "timeout",
     "trainer.max_time",
     "checkpoint",
     "knn.every_n_epochs",

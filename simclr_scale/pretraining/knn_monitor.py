@@ -17,6 +17,7 @@ from simclr_scale.evaluation.features import extract_features, gather_features, 
 from simclr_scale.evaluation.knn import knn_classify
 from simclr_scale.evaluation.metrics import top1
 from simclr_scale.optim.lars_sharded import is_sharded
+from simclr_scale.pretraining.lost_ranks import report_progress
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.sharding import whole_encoder
 
@@ -126,7 +127,14 @@ class KNNMonitor(pl.Callback):
                 source, transform, batch_size=self.batch_size, indices=indices, num_workers=data.worker_count()
             )
             with torch.autocast(device.type, enabled=False):
-                features, labels, rows = extract_features(encoder, loader, device=device, unreadable=unreadable)
+                features, labels, rows = extract_features(
+                    encoder,
+                    loader,
+                    device=device,
+                    unreadable=unreadable,
+                    progress=lambda _: report_progress(trainer, "features for kNN"),
+                )
+            report_progress(trainer, "kNN")
             parts.append(gather_features(features, labels, rows)[:2])
             left_out += len(labelled_images(source, limit)) - len(parts[-1][1])
         self.left_out = left_out

@@ -94,15 +94,16 @@ class RunProgress(ProgressBar):
         self._steps = [(time.monotonic(), trainer.global_step)]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close()
+        self.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._close()
+        self.close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Gives the terminal back."""
         if self._bar is not None:
             if self._task is not None:
                 self._bar.update(self._task, completed=self.trainer.global_step)

@@ -3,8 +3,10 @@
 import os
 import resource
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,61 @@ def test_a_read_only_folder_of_runs(images: Path, read_only: Path, capsys: pytes
         assert status == 2
         assert line == f"{read_only} cannot be written to (its permissions, or a read-only file system)"
     assert os.listdir(read_only) == []
+
+
+@contextmanager
+def turning_read_only(folder: Path) -> Iterator[Callable[[], None]]:
+    """What makes a folder read-only in mid-run, for as long as the context lasts.
+
+    Permissions do not bind root: for it the folder is mounted over itself, read-only, as a file system turns by itself
+    after an error of its disk. Files that are open stay so.
+    """
+    made: list[Callable[[], object]] = []
+
+    def mount() -> None:
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        made.append(lambda: subprocess.run(["umount", folder], check=True))
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+    def forbid() -> None:
+        for place in (folder, folder / "checkpoints"):
+            place.chmod(0o555)
+            made.append(partial(place.chmod, 0o755))
+
+    try:
+        yield mount if os.geteuid() == 0 else forbid
+    finally:
+        for undo in made:
+            undo()
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoints"])
+def test_a_run_whose_folder_turns_read_only(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    folder = tmp_path / "x"
+    logged = ("--trainer.log_every_n_steps", "2" if what == "metrics" else "1000")
+    command = [*arguments(images, tmp_path, "x", "--trainer.max_epochs", "3"), *logged]
+    with turning_read_only(folder) as turn:
+        status, line = failing(command, capsys, At(7, turn))
+        assert not (folder / "summary.json").exists()
+    assert status == 1
+    why = "Read-only file system" if os.geteuid() == 0 else "Permission denied"
+    if what == "metrics":
+        assert line == (
+            f"a file of the run cannot be read or written: {folder}/metrics.csv: {why}; once that is mended, "
+            "--resume auto --name x continues from the last checkpoint"
+        )
+    else:
+        assert line == (
+            f"the checkpoint of step 10 cannot be written to {folder}/checkpoints: {why}; "
+            f"{folder}/checkpoints/step=5.ckpt is whole, and --resume auto --name x continues from it"
+        )
+    assert sorted(os.listdir(folder / "checkpoints")) == ["last.ckpt", "step=5.ckpt", "step=5.ckpt.sha256"]
+    pretrain([*command, "--resume", "auto"])
+    if what == "metrics":
+        pretrain(arguments(images, tmp_path, "unbroken", "--trainer.max_epochs", "3"))
+        assert_same_run(tmp_path / "unbroken", folder)
 
 
 def test_checkpoints_that_have_no_place_any_more(
