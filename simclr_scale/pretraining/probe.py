@@ -15,10 +15,14 @@ class OnlineProbe(nn.Module):
     B.6): its accuracy tells during training about what linear evaluation will tell after it. Its parameters take no
     part in autograd, so neither the contrastive loss nor the encoder's optimizer, LARS, ever sees them; the gradient of
     softmax regression is written out.
+
+    Attributes:
+        synchronised: whether a step is that of the rows of all ranks; if not, each rank trains a probe of its own.
     """
 
     def __init__(self, in_features: int, num_classes: int, learning_rate: float = 1e-3) -> None:
         super().__init__()
+        self.synchronised = True
         self.classifier = nn.Linear(in_features, num_classes).requires_grad_(False)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -26,7 +30,7 @@ class OnlineProbe(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on all ranks together.
+        """One step, on all ranks together unless they are not synchronised.
 
         Args:
             features: (B, D); labels: (B,) int64, rows with -1 are left out.
@@ -41,7 +45,7 @@ class OnlineProbe(nn.Module):
         residual = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
         weight, bias = self.classifier.weight, self.classifier.bias
         sums = torch.cat([(residual.T @ features).flatten(), residual.sum(0), known.sum()[None].to(features.dtype)])
-        if world().size > 1:
+        if self.synchronised and world().size > 1:
             dist.all_reduce(sums)
         gradient = sums[:-1] / sums[-1].clamp(min=1)
         weight.grad = gradient[: weight.numel()].view_as(weight)

@@ -20,6 +20,7 @@ from simclr_scale.losses import NTXentLoss, contrastive_accuracy
 from simclr_scale.models import ProjectionHead
 from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
+from simclr_scale.pretraining.apart import bring_weights_together
 from simclr_scale.pretraining.probe import OnlineProbe
 
 # Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
@@ -233,6 +234,8 @@ class SimCLR(pl.LightningModule):
         return share * self.trainer.world_size
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # In place: the checkpoint holds the very tensors of weights and optimizer.
+        bring_weights_together(self.trainer, self)
         if self.transform is not None and hasattr(self.encoder, "architecture"):
             checkpoint[BUNDLE_KEY] = {"encoder": encoder_config(self.encoder, self.transform)}
         if self.probe is not None:
