@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from simclr_scale.models import ProjectionHead, create_encoder
     from simclr_scale.optim import LARS, param_groups
     from simclr_scale.pretraining import SimCLR
+    from simclr_scale.scaling.local_sgd import LocalSGD
 
 __all__ = [
     "LARS",
+    "LocalSGD",
     "NTXentLoss",
     "ProjectionHead",
     "SimCLR",
@@ -35,6 +37,7 @@ __all__ = [
 
 _MODULE_OF = {
     "LARS": "optim",
+    "LocalSGD": "scaling.local_sgd",
     "NTXentLoss": "losses",
     "ProjectionHead": "models",
     "SimCLR": "pretraining",

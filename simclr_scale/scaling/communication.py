@@ -12,11 +12,12 @@ each (e: bytes of one number, 4, or 2 under bfloat16):
 - probe: all-reduce of its gradient.
 
 By a ring, an all-gather of s bytes a rank sends (W - 1) s from each rank, an all-reduce of s sends 2 (W - 1) / W s and
-a broadcast s. What is logged now and then is left out.
+a broadcast s. What is logged now and then is left out. Under local SGD the
+all-reduces of averages stand in for gradients and buffers, and with negatives of one rank batch norm sends nothing.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def collectives_of_a_step(
     chunk_size: int | None = None,
     ddp: bool = True,
     probe: nn.Module | None = None,
+    local: bool = False,
 ) -> list[Collective] | None:
     """The collectives of one training step; None for a loss whose traffic is not known here.
 
@@ -67,22 +69,23 @@ def collectives_of_a_step(
         chunk_size: views encoded at a time; None: all.
         ddp: whether DistributedDataParallel wraps the model.
         probe: online probe.
+        local: whether negatives and batch norm are those of one rank.
     """
     if not isinstance(loss, ContrastiveLoss):
         return None
     chunks = 1 if chunk_size is None else math.ceil(rows / chunk_size)
     found = [Collective("loss", "all_gather", _COUNT)]
-    if loss.gather:
+    if loss.gather and not local:
         found += [
             Collective("loss", "all_gather", rows * width * element_size),
             Collective("loss", "all_gather", rows * _NUMBER),
         ]
     else:
         found.append(Collective("loss", "all_reduce", _NUMBER))
-    if chunk_size is not None and any(True for _ in _norms(encoder)):
+    if chunk_size is not None and not local and any(True for _ in _norms(encoder)):
         found.append(Collective("batch_norm", "all_gather", _COUNT))
     for module, forwards, backwards in ((encoder, 2 * chunks - 1, chunks), (head, 1, 1)):
-        for norm in _norms(module):
+        for norm in () if local else _norms(module):
             found.append(Collective("batch_norm", "all_gather", (2 * norm.num_features + 1) * _NUMBER, forwards))
             found.append(Collective("batch_norm", "all_reduce", 2 * norm.num_features * _NUMBER, backwards))
     if ddp:
@@ -99,6 +102,14 @@ def sent_by_part(collectives: Iterable[Collective], ranks: int) -> dict[str, int
     for collective in collectives:
         parts[collective.part] = parts.get(collective.part, 0.0) + collective.sent(ranks)
     return {part: round(sent) for part, sent in parts.items()} if ranks > 1 else {}
+
+
+def mean_by_part(sent: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, int]:
+    """Bytes of a step by part, over steps of several kinds: pairs of the number of steps and what one of them sends."""
+    sent = list(sent)
+    steps = max(1, sum(count for count, _ in sent))
+    parts = dict.fromkeys(part for _, one in sent for part in one)
+    return {part: round(sum(count * one.get(part, 0) for count, one in sent) / steps) for part in parts}
 
 
 def gradient_bytes(modules: Iterable[nn.Module]) -> int:

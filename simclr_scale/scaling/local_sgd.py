@@ -113,6 +113,10 @@ class LocalSGD(pl.Callback, WeightsApart):
                 f"LocalSGD averages whole copies of the weights: it needs --trainer.strategy ddp, and "
                 f"{type(trainer.strategy).__name__} has none"
             )
+        if trainer.strategy._ddp_kwargs.get("static_graph"):
+            raise InputError(
+                "LocalSGD takes steps without a reduction, which static_graph of DDP forbids: leave it out"
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         total = trainer.estimated_stepping_batches
