@@ -21,6 +21,7 @@ from simclr_scale.models import ProjectionHead
 from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.pretraining.apart import bring_weights_together
+from simclr_scale.pretraining.local_losses import LocalLosses, StageLosses, staged_step
 from simclr_scale.pretraining.probe import OnlineProbe
 
 # Lightning's OptimizerCallable with the learning rate: a configuration need not give one, and cannot give another one.
@@ -51,6 +52,7 @@ class SimCLR(pl.LightningModule):
         init_from: a spec of ``load_encoder`` whose weights the encoder starts from.
         channels_last: run the encoder in channels-last memory format.
         compile: run the encoder through ``torch.compile``.
+        local_losses: a loss for each stage of the encoder, without gradient across stages; None: one for all.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class SimCLR(pl.LightningModule):
         init_from: str | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        local_losses: LocalLosses | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
@@ -95,6 +98,12 @@ class SimCLR(pl.LightningModule):
         self._width = width
         self.head = head if isinstance(head, nn.Module) else (head or ProjectionHead)(width)
         self.loss = NTXentLoss(temperature) if loss is None else loss
+        self.local: StageLosses | None = None
+        if local_losses is not None:
+            for name, value in {"chunk_size": chunk_size, "compile": compile or None}.items():
+                if value is not None:
+                    raise InputError(f"model.{name} does not go with model.local_losses; leave out one of them")
+            self.local = StageLosses(encoder, self.head, self.loss, local_losses)
         self.probe: OnlineProbe | None = None
         self._probe_state: dict[str, Any] | None = None
         self._for_probe: tuple[Tensor, Tensor] | None = None
@@ -134,6 +143,8 @@ class SimCLR(pl.LightningModule):
         if self.trainer.world_size > 1:
             convert_global_batch_norm(self.encoder)
             convert_global_batch_norm(self.head)
+            if self.local is not None:
+                convert_global_batch_norm(self.local)
         if self._compile:
             self.encoder.compile()
 
@@ -183,9 +194,15 @@ class SimCLR(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on the data module's batch, or on ``((view1, view2), label)`` of anyone's loader."""
         x, labels = _inputs_and_labels(batch)
-        h = self(x)
-        z = self.head(h)
-        loss = self.loss(z)
+        if self.local is None:
+            h = self(x)
+            z = self.head(h)
+            loss = self.loss(z)
+        else:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            step = staged_step(self, x, float(scaler.get_scale()) if scaler is not None else 1.0)
+            h, z, loss = step.features, step.projections, step.loss
+            self.log_dict({f"loss_stage{number}": value for number, value in step.of_stages.items()})
 
         self.log("loss", loss.detach(), prog_bar=True)
         if self.probe is not None and labels is not None:
@@ -215,8 +232,12 @@ class SimCLR(pl.LightningModule):
         warmup = round(self.warmup_epochs * steps_an_epoch) if self.warmup_epochs else 0
         peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
         trained = nn.ModuleDict({"encoder": self.encoder, "head": self.head, "loss": self.loss})
+        losses = [f"loss.{name}" for name in _names(self.loss)]
+        if self.local is not None:
+            trained["local"] = self.local
+            losses += [f"local.losses.{name}" for name in _names(self.local.losses)]
         # What a loss learns (a scale, a bias) is neither decayed nor adapted, as biases are not.
-        groups = param_groups(trained, self.weight_decay, exclude=[f"loss.{name}" for name in _names(self.loss)])
+        groups = param_groups(trained, self.weight_decay, exclude=losses)
         make = self._optimizer or LARS
         optimizer = make(groups, peak)
         warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training

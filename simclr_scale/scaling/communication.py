@@ -25,6 +25,7 @@ from torch import nn
 
 from simclr_scale.distributed import GlobalBatchNorm
 from simclr_scale.losses.contrast import ContrastiveLoss
+from simclr_scale.pretraining.local_losses import StageLosses
 
 Operation = Literal["all_gather", "all_reduce", "broadcast"]
 _NUMBER = 4  # bytes of float32, in which batch norm and the loss send their sums
@@ -57,7 +58,8 @@ def collectives_of_a_step(
     chunk_size: int | None = None,
     ddp: bool = True,
     probe: nn.Module | None = None,
-    local: bool = False,
+    alone: bool = False,
+    stage_losses: StageLosses | None = None,
 ) -> list[Collective] | None:
     """The collectives of one training step; None for a loss whose traffic is not known here.
 
@@ -69,28 +71,34 @@ def collectives_of_a_step(
         chunk_size: views encoded at a time; None: all.
         ddp: whether DistributedDataParallel wraps the model.
         probe: online probe.
-        local: whether negatives and batch norm are those of one rank.
+        alone: whether negatives and batch norm are those of one rank.
+        stage_losses: local losses, each of which sends what the loss does.
     """
     if not isinstance(loss, ContrastiveLoss):
         return None
     chunks = 1 if chunk_size is None else math.ceil(rows / chunk_size)
-    found = [Collective("loss", "all_gather", _COUNT)]
-    if loss.gather and not local:
+    losses = 1 if stage_losses is None else 1 + len(stage_losses.losses)
+    found = [Collective("loss", "all_gather", _COUNT, losses)]
+    if loss.gather and not alone:
         found += [
-            Collective("loss", "all_gather", rows * width * element_size),
-            Collective("loss", "all_gather", rows * _NUMBER),
+            Collective("loss", "all_gather", rows * width * element_size, losses),
+            Collective("loss", "all_gather", rows * _NUMBER, losses),
         ]
     else:
-        found.append(Collective("loss", "all_reduce", _NUMBER))
-    if chunk_size is not None and not local and any(True for _ in _norms(encoder)):
+        found.append(Collective("loss", "all_reduce", _NUMBER, losses))
+    if chunk_size is not None and not alone and any(True for _ in _norms(encoder)):
         found.append(Collective("batch_norm", "all_gather", _COUNT))
-    for module, forwards, backwards in ((encoder, 2 * chunks - 1, chunks), (head, 1, 1)):
-        for norm in () if local else _norms(module):
+    parts = [encoder, head, loss] if stage_losses is None else [encoder, head, loss, stage_losses]
+    for module in () if alone else parts:
+        for name, norm in _norms(module):
+            forwards, backwards = (2 * chunks - 1, chunks) if module is encoder else (1, 1)
+            if stage_losses is not None and module is encoder:
+                backwards = stage_losses.backward_passes(norm, name)
             found.append(Collective("batch_norm", "all_gather", (2 * norm.num_features + 1) * _NUMBER, forwards))
             found.append(Collective("batch_norm", "all_reduce", 2 * norm.num_features * _NUMBER, backwards))
     if ddp:
-        found.append(Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss])))
-        found.append(Collective("buffers", "broadcast", _buffer_bytes([encoder, head, loss])))
+        found.append(Collective("gradients", "all_reduce", gradient_bytes(parts)))
+        found.append(Collective("buffers", "broadcast", _buffer_bytes(parts)))
     if probe is not None:
         found.append(Collective("probe", "all_reduce", sum(p.nbytes for p in probe.parameters()) + _NUMBER))
     return found
@@ -121,9 +129,9 @@ def _buffer_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
 
-def _norms(module: nn.Module) -> Iterable[Any]:
+def _norms(module: nn.Module) -> Iterable[tuple[str, Any]]:
     kinds = (GlobalBatchNorm, nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
-    return (norm for norm in module.modules() if isinstance(norm, kinds))
+    return ((name, norm) for name, norm in module.named_modules() if isinstance(norm, kinds))
 
 
 class LossInput:

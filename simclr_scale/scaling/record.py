@@ -119,7 +119,7 @@ class ScalingRecord(SummaryFacts):
         parts = mean_by_part([(1, ordinary)])
         sync = next((callback for callback in trainer.callbacks if isinstance(callback, LocalSGD)), None)
         if sync is not None:
-            alone = self._sent(trainer, pl_module, ddp=False, local=sync.negatives == "local")
+            alone = self._sent(trainer, pl_module, ddp=False, alone=sync.negatives == "local")
             assert alone is not None
             traffic = sync.traffic
             averages = Collective("averages", "all_reduce", traffic.averaged_bytes).sent(trainer.world_size)
@@ -136,6 +136,7 @@ class ScalingRecord(SummaryFacts):
             width=self._input.width,
             element_size=self._input.element_size,
             chunk_size=pl_module.chunk_size,
+            stage_losses=pl_module.local,
             **how,
         )
         return None if collectives is None else sent_by_part(collectives, trainer.world_size)
