@@ -13,6 +13,8 @@ from simclr_scale.errors import InputError
 
 Partition = Literal["stages"] | int | list[str]
 
+_OF_A_STEM = 3  # parameters: a convolution's weight, a norm's weight and bias
+
 # (number of the stage from 0, its output) -> what the next stage is given
 AtCut = Callable[[int, Tensor], Tensor]
 
@@ -24,7 +26,8 @@ class Stages:
     Attributes:
         cuts: name of the module after which each stage but the last ends.
         channels: of the map or tokens there.
-        strides: how many times finer than the last cut's map each of these is, along a side.
+        strides: how many times finer than the encoder's last map each of these is, along a side; of that at the last
+            cut, where ``feature_info`` does not tell of the encoder's last.
         channels_last: whether channels are the last dimension there: tokens (B, N, C) or maps (B, H, W, C).
         parameters: names of the parameters of each stage, the last included.
     """
@@ -44,9 +47,10 @@ def find_stages(encoder: nn.Module, partition: Partition = "stages") -> Stages:
 
     Args:
         encoder: a timm model, ours included, or any module where ``partition`` is a list.
-        partition: "stages": a stage for each resolution of timm's ``feature_info``; the stem belongs to the first. A
-            number: as many parts, of as many entries of ``feature_info`` each as can be (a vision transformer's are
-            its blocks). A list: names of the modules after which to cut.
+        partition: "stages": a stage for each resolution of timm's ``feature_info``; a first one that is but a
+            convolution and its norm is a stem, and belongs to the next. A number: as many parts, of as many entries of
+            ``feature_info`` each as can be (a vision transformer's are its blocks). A list: names of the modules after
+            which to cut.
 
     Raises:
         InputError: no stages to be found, unknown names, too many parts, or stages that share parameters or are
@@ -54,6 +58,8 @@ def find_stages(encoder: nn.Module, partition: Partition = "stages") -> Stages:
     """
     cuts = _cuts(encoder, partition)
     owned, shapes = _trace(encoder, cuts)
+    if partition == "stages" and len(cuts) > 1 and len(owned[0]) <= _OF_A_STEM:
+        cuts, shapes, owned = cuts[1:], shapes[1:], [[*owned[0], *owned[1]], *owned[2:]]
     stages = [*cuts, "the end"]
     for name, names in zip(stages, owned, strict=True):
         if not names:
@@ -67,12 +73,19 @@ def find_stages(encoder: nn.Module, partition: Partition = "stages") -> Stages:
                 "cannot be trained by local losses"
             )
     last = [_is_channels_last(encoder, shape) for shape in shapes]
-    sides = [
-        1 if len(shape) == 3 else shape[1] if after else shape[2] for shape, after in zip(shapes, last, strict=True)
-    ]
     channels = [shape[-1] if after else shape[1] for shape, after in zip(shapes, last, strict=True)]
-    coarsest = min(sides)
-    return Stages(cuts, channels, [max(1, side // coarsest) for side in sides], last, owned)
+    return Stages(cuts, channels, _strides(encoder, cuts, shapes, last), last, owned)
+
+
+def _strides(
+    encoder: nn.Module, cuts: list[str], shapes: list[tuple[int, ...]], channels_last: list[bool]
+) -> list[int]:
+    reductions = dict(_entries(encoder)) if _rows(encoder) else {}
+    if set(cuts) <= reductions.keys():
+        coarsest = max(reductions.values())
+        return [max(1, coarsest // reductions[name]) for name in cuts]
+    sides = [1 if len(shape) == 3 else shape[1 if after else 2] for shape, after in zip(shapes, last, strict=True)]
+    return [max(1, side // min(sides)) for side in sides]
 
 
 @contextmanager
@@ -119,10 +132,8 @@ def _cuts(encoder: nn.Module, partition: Partition) -> list[str]:
 
 def _entries(encoder: nn.Module) -> list[tuple[str, int]]:
     """Modules and reductions of timm's feature_info, without what has no parameters, such as a stem's ReLU."""
-    info = getattr(encoder, "feature_info", None) or []
-    rows: list[dict[str, Any]] = info if isinstance(info, list) else list(info.info)
     modules = dict(encoder.named_modules())
-    found = [(row["module"], row["reduction"]) for row in rows if row.get("module") in modules]
+    found = [(row["module"], row["reduction"]) for row in _rows(encoder) if row.get("module") in modules]
     entries = [entry for entry in found if any(True for _ in modules[entry[0]].parameters())]
     if not entries:
         raise InputError(
@@ -130,6 +141,11 @@ def _entries(encoder: nn.Module) -> list[tuple[str, int]]:
             "after which to cut, as in [layer1, layer2]"
         )
     return entries
+
+
+def _rows(encoder: nn.Module) -> list[dict[str, Any]]:
+    info: Any = getattr(encoder, "feature_info", None) or []
+    return info if isinstance(info, list) else list(info.info)
 
 
 def _trace(encoder: nn.Module, cuts: Sequence[str]) -> tuple[list[list[str]], list[tuple[int, ...]]]:
@@ -141,7 +157,9 @@ def _trace(encoder: nn.Module, cuts: Sequence[str]) -> tuple[list[list[str]], li
     def own(output: Tensor) -> None:
         gradients: Sequence[Tensor | None] = [None] * len(named)
         if output.requires_grad:
-            gradients = torch.autograd.grad(output.float().sum(), [p for _, p in named], allow_unused=True)
+            gradients = torch.autograd.grad(
+                output.float().sum(), [p for _, p in named], retain_graph=True, allow_unused=True
+            )
         owned.append([name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None])
 
     def at_cut(number: int, output: Any) -> Tensor:
