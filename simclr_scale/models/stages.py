@@ -77,9 +77,7 @@ def find_stages(encoder: nn.Module, partition: Partition = "stages") -> Stages:
     return Stages(cuts, channels, _strides(encoder, cuts, shapes, last), last, owned)
 
 
-def _strides(
-    encoder: nn.Module, cuts: list[str], shapes: list[tuple[int, ...]], channels_last: list[bool]
-) -> list[int]:
+def _strides(encoder: nn.Module, cuts: list[str], shapes: list[tuple[int, ...]], last: list[bool]) -> list[int]:
     reductions = dict(_entries(encoder)) if _rows(encoder) else {}
     if set(cuts) <= reductions.keys():
         coarsest = max(reductions.values())
