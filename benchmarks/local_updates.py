@@ -170,7 +170,8 @@ def main() -> None:
         if arguments.study == "stages":
             rows[name]["peak_bytes"] = next(iter(peaks.values()))[name]
         for seed in range(arguments.seeds):
-            run = f"{arguments.study}-{name}-{arguments.epochs}-{arguments.subset}-{arguments.batch}-{arguments.ranks}-{seed}"
+            sizes = (arguments.epochs, arguments.subset, arguments.batch, arguments.ranks, seed)
+            run = "-".join(map(str, (arguments.study, name, *sizes)))
             if not (arguments.folder / run / "summary.json").is_file():
                 if arguments.runs is not None and trained == arguments.runs:
                     raise SystemExit(f"trained {trained}; the same command goes on")

@@ -194,6 +194,18 @@ class PretrainCLI(LightningCLI):
                 raise InputError(f"--threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # Of a value in a list of callbacks the parser makes one of its trees, with what we said as its cause.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init.trainer
         folder = self.start.folder

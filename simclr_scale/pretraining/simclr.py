@@ -32,7 +32,8 @@ class SimCLR(pl.LightningModule):
     """Contrastive pretraining of an image encoder (Chen et al. 2020, "A Simple Framework for Contrastive Learning").
 
     Both views go through the encoder in one forward, so that batch norm sees all 2N of them; on several ranks its
-    statistics and the negatives are global. The learning rate follows the global batch and changes at every step.
+    statistics and the negatives are global. The learning rate follows the global batch and changes at every step. With
+    ``chunk_size`` a big batch fits a small device, with the same gradient but batch norm over a chunk (of all ranks).
 
     Args:
         encoder: images (B, C, H, W) -> features (B, D), with ``num_features`` D; see ``create_encoder``.
@@ -46,13 +47,12 @@ class SimCLR(pl.LightningModule):
         warmup_epochs: epochs of linear warm-up from 0, before the cosine.
         temperature: of NT-Xent.
         loss_scale: the loss is multiplied by it; 2 is Google's sum over both directions.
-        chunk_size: views that are encoded at a time, at most; None: all. A big batch then fits a small device, with
-            the same gradient but batch norm over a chunk (of all ranks); see ``encode_in_chunks``.
+        chunk_size: views that are encoded at a time, at most; None: all; see ``encode_in_chunks``.
         probe_classes: classes of the online probe; None: those of the data module's labels, 0: no probe.
         init_from: a spec of ``load_encoder`` whose weights the encoder starts from.
         channels_last: run the encoder in channels-last memory format.
         compile: run the encoder through ``torch.compile``.
-        local_losses: a loss for each stage of the encoder, without gradient across stages; None: one for all.
+        local_losses: a loss for each stage; None: one at the end.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class SimCLR(pl.LightningModule):
         self.loss = NTXentLoss(temperature) if loss is None else loss
         self.local: StageLosses | None = None
         if local_losses is not None:
-            for name, value in {"chunk_size": chunk_size, "compile": compile or None}.items():
-                if value is not None:
+            for name, given in {"chunk_size": chunk_size is not None, "compile": compile}.items():
+                if given:
                     raise InputError(f"model.{name} does not go with model.local_losses; leave out one of them")
             self.local = StageLosses(encoder, self.head, self.loss, local_losses)
         self.probe: OnlineProbe | None = None
