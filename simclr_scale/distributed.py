@@ -83,6 +83,18 @@ def _buckets(tensors: Sequence[Tensor], most_bytes: int) -> Iterator[list[Tensor
         yield bucket
 
 
+def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replaces tensors by their sums over all ranks, without gradient, in one message for each type of number."""
+    if world(group).size == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(flat, group=group)
+        for tensor, summed in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(summed.view(tensor.shape))
+
+
 def require_equal_across_ranks(value: int, what: str, group: dist.ProcessGroup | None = None) -> None:
     """Raises ValueError on EVERY rank when ``value`` differs between ranks, so that no rank is left waiting.
 
