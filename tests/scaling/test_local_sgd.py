@@ -1,5 +1,11 @@
 """Local SGD on real processes: against DDP, between and after averages, broken and unbroken."""
 
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,7 @@ from simclr_scale.losses import NTXentLoss, VICRegLoss
 from simclr_scale.models import create_encoder
 from simclr_scale.pretraining import SimCLR
 from simclr_scale.scaling.local_sgd import LocalSGD
-from tests.pretraining.runs import CLASSES, QUIET, Pairs, differences
+from tests.pretraining.runs import CLASSES, QUIET, Pairs, arguments, assert_same_run, differences
 from tests.pretraining.runs import fit as plain_fit
 from tests.pretraining.test_ranks import Pool
 
@@ -237,6 +243,37 @@ def test_a_run_resumed_in_the_middle_of_a_period_is_the_unbroken_one(
         assert unequal == []
         assert phases == expected
         assert moved > 1e-3
+
+
+@pytest.mark.slow
+def test_the_command_resumes_in_the_middle_of_a_period(images: Path, tmp_path: Path) -> None:
+    """Two processes that the command starts; the broken run is the whole one without its later checkpoints."""
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "2")
+    sync = ("--trainer.callbacks+=LocalSGD", "--trainer.callbacks.period", "4", "--knn.every_n_epochs", "1")
+    saved = ("--checkpoint.every_n_steps", "2", "--checkpoint.keep", "20")
+    options = arguments(images, tmp_path, "whole", *two, *sync, *saved)
+    run_in_processes(*options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for path in (tmp_path / "broken" / "checkpoints").iterdir():
+        if path.name.partition(".ckpt")[0] not in ("step=2", "step=4", "step=6"):
+            path.unlink()
+    run_in_processes("--resume", "auto", "--runs_dir", str(tmp_path), "--name", "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    sent = json.loads((tmp_path / "whole" / "summary.json").read_text())["scaling"]["sent_bytes_by_part"]
+    assert sent["gradients"] == sent["buffers"] == 0 < sent["averages"]
+    with open(tmp_path / "whole" / "metrics.csv", newline="") as file:
+        assert max(float(row["weight_spread"]) for row in csv.DictReader(file)) > 0
+
+
+def run_in_processes(*options: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "simclr_scale", "pretrain", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def outer_steps(rank: int, world_size: int, momentum: float, rate: float) -> tuple[float, float]:
