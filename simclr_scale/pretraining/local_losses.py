@@ -186,7 +186,7 @@ class _Walk:
     def _at_cut(self, number: int, y: Tensor) -> Tensor:
         options = self.local.options
         if options.noise_std:
-            y = y + options.noise_std * y.detach().std() * torch.randn_like(y)
+            y = y + torch.randn_like(y).mul_(options.noise_std * y.detach().std())
         self.outputs[number] = y
         if (key := str(number)) in self.local.losses:
             parts = (self.local.expansions[key], self.local.heads[key], self.local.losses[key])
