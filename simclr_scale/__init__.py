@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from simclr_scale.models import ProjectionHead, create_encoder
     from simclr_scale.optim import LARS, param_groups
     from simclr_scale.pretraining import SimCLR
+    from simclr_scale.pretraining.local_simclr import LocalSimCLR
+    from simclr_scale.scaling.local_sgd import LocalSGD
 
 __all__ = [
     "LARS",
+    "LocalSGD",
+    "LocalSimCLR",
     "NTXentLoss",
     "ProjectionHead",
     "SimCLR",
@@ -35,6 +39,8 @@ __all__ = [
 
 _MODULE_OF = {
     "LARS": "optim",
+    "LocalSGD": "scaling.local_sgd",
+    "LocalSimCLR": "pretraining.local_simclr",
     "NTXentLoss": "losses",
     "ProjectionHead": "models",
     "SimCLR": "pretraining",

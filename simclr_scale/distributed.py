@@ -3,7 +3,7 @@
 Everything here works on one process without an initialised group, and on gloo (CPU) as on NCCL (GPU).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -55,6 +55,46 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
+
+
+def average_across_ranks(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, *, bucket_bytes: int = 64 * 2**20
+) -> Tensor:
+    """Replaces each of the floating-point tensors by its mean over ranks, in place.
+
+    Args:
+        tensors: of the same shapes, in the same order, on every rank. They travel in buckets, in float32 at least.
+        bucket_bytes: of one bucket, which bounds the memory that this takes; a larger tensor has one of its own.
+
+    Returns:
+        (), the squared distance of this rank's tensors from the means.
+    """
+    distance = torch.zeros((), dtype=torch.float64 if tensors[0].device.type == "cpu" else torch.float32)
+    distance = distance.to(tensors[0].device)
+    for bucket in _buckets(tensors, bucket_bytes):
+        own = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        mean = own.clone()
+        dist.all_reduce(mean, group=group)
+        mean /= world(group).size
+        distance += torch.linalg.vector_norm(own.sub_(mean)) ** 2
+        parts = mean.split([tensor.numel() for tensor in bucket])
+        for tensor, part in zip(bucket, parts, strict=True):
+            tensor.detach().copy_(part.view(tensor.shape))
+    return distance
+
+
+def _buckets(tensors: Sequence[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one type, as many as make so many bytes."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(other.nbytes for other in bucket) + tensor.nbytes > most_bytes
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -162,6 +202,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     "we use a global BN ... aggregating BN mean and variance over all devices during the training" (SimCLR, section
     2.2). On CUDA this is torch's SyncBatchNorm; on the CPU, where that one refuses to run, an own implementation of
     the same function. Parameters, buffers and state-dict keys are those of the ``nn.BatchNorm*d`` it replaces.
+
+    Attributes:
+        synchronised: False makes it the batch norm of this rank alone, without a collective.
     """
 
     # Not a subclass of SyncBatchNorm: DistributedDataParallel refuses a module on the CPU that has one within. Its
@@ -179,11 +222,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.process_group = process_group
+        self.synchronised = True
 
     def _check_input_dim(self, input: Tensor) -> None:
         nn.SyncBatchNorm._check_input_dim(self, input)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.synchronised:
+            return super().forward(input)
         if input.is_cuda:
             return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         if not self.training:

@@ -16,6 +16,8 @@ CHECKOUT = Path(__file__).parents[1]
 # The arguments of each name; `...` stands for a default that is free to change.
 CONTRACT = {
     "LARS": "params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, nesterov=False",
+    "LocalSGD": "start=0, period=16, outer=None, negatives='global'",
+    "LocalSimCLR": "encoder, *, partition='stages', overlap=0, noise_std=0.25",
     "NTXentLoss": "temperature=0.1, *, group=None, gather=True, engine='auto'",
     "ProjectionHead": "in_features, hidden_features=None, out_features=128, num_layers=2",
     "SimCLR": "encoder, *, head=None, loss=None, optimizer=None, learning_rate=None, lr_scaling='linear', "
@@ -31,7 +33,7 @@ CONTRACT = {
     "param_groups": "module, weight_decay, exclude=()",
     "save_encoder": "encoder, transform, folder, **facts",
 }
-WITHOUT_A_TRAINER = sorted(CONTRACT.keys() - {"SimCLR", "SimCLRDataModule"})
+WITHOUT_A_TRAINER = sorted(CONTRACT.keys() - {"LocalSGD", "LocalSimCLR", "SimCLR", "SimCLRDataModule"})
 TRAINER = {"pytorch_lightning", "lightning", "torchmetrics"}
 
 

@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
 def _plan(cli: PlanCLI) -> Plan:
     config, data = cli.config, cli.datamodule
     _refuse_sharding(config.trainer.strategy)
+    if cli.model.local is not None:
+        raise InputError("plan counts one loss at the end of the encoder: leave out model.local_losses, for a bound")
     source = data.open_training_images()
     data.settle(source)
     cpu = config.trainer.accelerator == "cpu"

@@ -200,6 +200,21 @@ class PretrainCLI(LightningCLI):
                 raise InputError(f"--threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # Of a value in a list of callbacks the parser makes one of its trees, with what we said as its cause.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+        if self.trainer is not None:
+            # Before any further process is started, and again with every one.
+            check_strategy(self.trainer, self.model, self.start.checkpoint)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init.trainer
         folder = self.start.folder
@@ -218,12 +233,6 @@ class PretrainCLI(LightningCLI):
             )
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        if self.trainer is not None:
-            # Before any further process is started, and again with every one.
-            check_strategy(self.trainer, self.model, self.start.checkpoint)
 
     def saved_config(self) -> str:
         """What the user gave and every default, without what belongs to this one start."""

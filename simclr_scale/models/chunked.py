@@ -36,7 +36,11 @@ def encode_in_chunks(
         InputError: a chunk of one view leaves batch norm a single value a channel.
         ValueError: on every rank, if their M differ and a collective of batch norm would wait for ever.
     """
-    norms = [module for module in encoder.modules() if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm)]
+    norms = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm) and getattr(module, "synchronised", True)
+    ]
     if norms:
         require_equal_across_ranks(
             len(x), "number of views in a batch that is encoded in chunks", norms[0].process_group

@@ -17,6 +17,7 @@ from simclr_scale.evaluation.features import extract_features, gather_features, 
 from simclr_scale.evaluation.knn import knn_classify
 from simclr_scale.evaluation.metrics import top1
 from simclr_scale.optim.lars_sharded import is_sharded
+from simclr_scale.pretraining.apart import bring_weights_together
 from simclr_scale.pretraining.lost_ranks import report_progress
 from simclr_scale.pretraining.progress import RunProgress
 from simclr_scale.pretraining.sharding import whole_encoder
@@ -81,6 +82,7 @@ class KNNMonitor(pl.Callback):
             pl_module.log("knn_top1", value, sync_dist=True)
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> float:
+        bring_weights_together(trainer, pl_module)
         value = self.top1(trainer, pl_module.encoder, pl_module.transform)
         if isinstance(trainer.progress_bar_callback, RunProgress):
             trainer.progress_bar_callback.pause(trainer)

@@ -18,6 +18,9 @@ class OnlineProbe(nn.Module):
 
     Args:
         group: the ranks that hold different images; None: all.
+
+    Attributes:
+        synchronised: whether a step is that of the rows of all ranks; if not, each rank trains a probe of its own.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class OnlineProbe(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
+        self.synchronised = True
         self.classifier = nn.Linear(in_features, num_classes).requires_grad_(False)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -37,7 +41,7 @@ class OnlineProbe(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on all ranks together.
+        """One step, on all ranks together unless they are not synchronised.
 
         Args:
             features: (B, D); labels: (B,) int64, rows with -1 are left out.
@@ -52,7 +56,7 @@ class OnlineProbe(nn.Module):
         residual = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
         weight, bias = self.classifier.weight, self.classifier.bias
         sums = torch.cat([(residual.T @ features).flatten(), residual.sum(0), known.sum()[None].to(features.dtype)])
-        if world(self.group).size > 1:
+        if self.synchronised and world(self.group).size > 1:
             dist.all_reduce(sums, group=self.group)
         gradient = sums[:-1] / sums[-1].clamp(min=1)
         weight.grad = gradient[: weight.numel()].view_as(weight)

@@ -22,6 +22,8 @@ from simclr_scale.models import ProjectionHead
 from simclr_scale.models.chunked import encode_in_chunks
 from simclr_scale.optim import DEFAULT_BASE_LEARNING_RATE, LARS, param_groups, scaled_learning_rate, warmup_cosine
 from simclr_scale.optim.norms import whole_norms
+from simclr_scale.pretraining.apart import bring_weights_together
+from simclr_scale.pretraining.local_losses import LocalLosses, StageLosses, staged_step
 from simclr_scale.pretraining.probe import OnlineProbe
 from simclr_scale.pretraining.sharding import shard_model
 
@@ -33,7 +35,8 @@ class SimCLR(pl.LightningModule):
     """Contrastive pretraining of an image encoder (Chen et al. 2020, "A Simple Framework for Contrastive Learning").
 
     Both views go through the encoder in one forward, so that batch norm sees all 2N of them; on several ranks its
-    statistics and the negatives are global. The learning rate follows the global batch and changes at every step.
+    statistics and the negatives are global. The learning rate follows the global batch and changes at every step. With
+    ``chunk_size`` a big batch fits a small device, with the same gradient but batch norm over a chunk (of all ranks).
 
     Args:
         encoder: images (B, C, H, W) -> features (B, D), with ``num_features`` D; see ``create_encoder``.
@@ -47,12 +50,12 @@ class SimCLR(pl.LightningModule):
         warmup_epochs: epochs of linear warm-up from 0, before the cosine.
         temperature: of NT-Xent.
         loss_scale: the loss is multiplied by it; 2 is Google's sum over both directions.
-        chunk_size: views that are encoded at a time, at most; None: all. A big batch then fits a small device, with
-            the same gradient but batch norm over a chunk (of all ranks); see ``encode_in_chunks``.
+        chunk_size: views that are encoded at a time, at most; None: all; see ``encode_in_chunks``.
         probe_classes: classes of the online probe; None: those of the data module's labels, 0: no probe.
         init_from: a spec of ``load_encoder`` whose weights the encoder starts from.
         channels_last: run the encoder in channels-last memory format.
         compile: run the encoder through ``torch.compile``.
+        local_losses: a loss for each stage; None: one at the end.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SimCLR(pl.LightningModule):
         init_from: str | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        local_losses: LocalLosses | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
@@ -97,6 +101,12 @@ class SimCLR(pl.LightningModule):
         self._width = width
         self.head = head if isinstance(head, nn.Module) else (head or ProjectionHead)(width)
         self.loss = NTXentLoss(temperature) if loss is None else loss
+        self.local: StageLosses | None = None
+        if local_losses is not None:
+            for name, given in {"chunk_size": chunk_size is not None, "compile": compile}.items():
+                if given:
+                    raise InputError(f"model.{name} does not go with model.local_losses; leave out one of them")
+            self.local = StageLosses(encoder, self.head, self.loss, local_losses)
         self.probe: OnlineProbe | None = None
         self._probe_state: dict[str, Any] | None = None
         self._for_probe: tuple[Tensor, Tensor] | None = None
@@ -136,6 +146,8 @@ class SimCLR(pl.LightningModule):
         if self.data_parallel_world.size > 1:
             convert_global_batch_norm(self.encoder, self.data_parallel_group)
             convert_global_batch_norm(self.head, self.data_parallel_group)
+            if self.local is not None:
+                convert_global_batch_norm(self.local, self.data_parallel_group)
         if self._compile:
             self.encoder.compile()
 
@@ -155,14 +167,18 @@ class SimCLR(pl.LightningModule):
         """Under ``ModelParallelStrategy``: shards weights, and divides blocks, over its mesh."""
         if self.device_mesh is None:
             return
-        self.require_not_compiled()
+        self.require_shardable()
         loss: Any = self.loss
         if getattr(loss, "group", self) is None:
             loss.group = self.data_parallel_group
         shard_model(self.encoder, self.head, self.loss, self.device_mesh, self.trainer.strategy.root_device)
 
-    def require_not_compiled(self) -> None:
-        """Raises InputError for a compiled encoder, which nobody has tried with sharded weights."""
+    def require_shardable(self) -> None:
+        """Raises InputError for what nobody has tried with sharded weights: a compiled encoder, local losses."""
+        if self.local is not None:
+            raise InputError(
+                "model.local_losses does not go with a trainer.strategy that shards weights: leave one out"
+            )
         if self._compile:
             raise InputError(
                 "model.compile is not supported with a trainer.strategy that shards weights: leave one out"
@@ -231,9 +247,15 @@ class SimCLR(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on the data module's batch, or on ``((view1, view2), label)`` of anyone's loader."""
         x, labels = _inputs_and_labels(batch)
-        h = self(x)
-        z = self.head(h)
-        loss = self.loss(z)
+        if self.local is None:
+            h = self(x)
+            z = self.head(h)
+            loss = self.loss(z)
+        else:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            step = staged_step(self, x, float(scaler.get_scale()) if scaler is not None else 1.0)
+            h, z, loss = step.features, step.projections, step.loss
+            self.log_dict({f"loss_stage{number}": value for number, value in step.of_stages.items()})
 
         self.log("loss", loss.detach(), prog_bar=True)
         if self.probe is not None and labels is not None:
@@ -265,8 +287,12 @@ class SimCLR(pl.LightningModule):
         warmup = round(self.warmup_epochs * steps_an_epoch) if self.warmup_epochs else 0
         peak = scaled_learning_rate(self.base_learning_rate, self.global_batch_size(), self.lr_scaling)
         trained = nn.ModuleDict({"encoder": self.encoder, "head": self.head, "loss": self.loss})
+        losses = [f"loss.{name}" for name in _names(self.loss)]
+        if self.local is not None:
+            trained["local"] = self.local
+            losses += [f"local.losses.{name}" for name in _names(self.local.losses)]
         # What a loss learns (a scale, a bias) is neither decayed nor adapted, as biases are not.
-        groups = param_groups(trained, self.weight_decay, exclude=[f"loss.{name}" for name in _names(self.loss)])
+        groups = param_groups(trained, self.weight_decay, exclude=losses)
         make = self._optimizer or LARS
         optimizer = make(groups, peak)
         warmup_cosine(0, warmup_steps=warmup, total_steps=int(total))  # a wrong warm-up fails here, before training
@@ -284,6 +310,8 @@ class SimCLR(pl.LightningModule):
         return share * self.data_parallel_world.size
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # In place: the checkpoint holds the very tensors of weights and optimizer.
+        bring_weights_together(self.trainer, self)
         if self.transform is not None and hasattr(self.encoder, "architecture"):
             checkpoint[BUNDLE_KEY] = {"encoder": encoder_config(self.encoder, self.transform)}
         if self.probe is not None:

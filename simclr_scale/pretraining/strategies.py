@@ -128,7 +128,7 @@ def check_strategy(trainer: Any, model: Any, checkpoint: Path | None) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, MeshStrategy):
         strategy.settle_sizes()
-        model.require_not_compiled()
+        model.require_shardable()
         if strategy.tensor_parallel_size > 1:
             require_divisible(model.encoder, strategy.tensor_parallel_size)
     elif isinstance(strategy, ModelParallelStrategy):

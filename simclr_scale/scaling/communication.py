@@ -12,11 +12,12 @@ each (e: bytes of one number, 4, or 2 under bfloat16):
 - probe: all-reduce of its gradient.
 
 By a ring, an all-gather of s bytes a rank sends (W - 1) s from each rank, an all-reduce of s sends 2 (W - 1) / W s and
-a broadcast s. What is logged now and then is left out.
+a broadcast s. What is logged now and then is left out. Under local SGD the
+all-reduces of averages stand in for gradients and buffers, and with negatives of one rank batch norm sends nothing.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from simclr_scale.distributed import GlobalBatchNorm
 from simclr_scale.losses.contrast import ContrastiveLoss
+from simclr_scale.pretraining.local_losses import StageLosses
 
 Operation = Literal["all_gather", "all_reduce", "broadcast"]
 _NUMBER = 4  # bytes of float32, in which batch norm and the loss send their sums
@@ -57,6 +59,8 @@ def collectives_of_a_step(
     ddp: bool = True,
     gradient_size: int = _NUMBER,
     probe: nn.Module | None = None,
+    alone: bool = False,
+    stage_losses: StageLosses | None = None,
 ) -> list[Collective] | None:
     """The collectives of one training step; None for a loss whose traffic is not known here.
 
@@ -69,29 +73,34 @@ def collectives_of_a_step(
         ddp: whether DistributedDataParallel wraps the model.
         gradient_size: bytes in which it sends a gradient of float32: 2 where a hook compresses it.
         probe: online probe.
+        alone: whether negatives and batch norm are those of one rank.
+        stage_losses: local losses, each of which sends what the loss does.
     """
     if not isinstance(loss, ContrastiveLoss):
         return None
     chunks = 1 if chunk_size is None else math.ceil(rows / chunk_size)
-    found = [Collective("loss", "all_gather", _COUNT)]
-    if loss.gather:
+    losses = 1 if stage_losses is None else 1 + len(stage_losses.losses)
+    found = [Collective("loss", "all_gather", _COUNT, losses)]
+    if loss.gather and not alone:
         found += [
-            Collective("loss", "all_gather", rows * width * element_size),
-            Collective("loss", "all_gather", rows * _NUMBER),
+            Collective("loss", "all_gather", rows * width * element_size, losses),
+            Collective("loss", "all_gather", rows * _NUMBER, losses),
         ]
     else:
-        found.append(Collective("loss", "all_reduce", _NUMBER))
-    if chunk_size is not None and any(True for _ in _norms(encoder)):
+        found.append(Collective("loss", "all_reduce", _NUMBER, losses))
+    if chunk_size is not None and not alone and any(True for _ in _norms(encoder)):
         found.append(Collective("batch_norm", "all_gather", _COUNT))
-    for module, forwards, backwards in ((encoder, 2 * chunks - 1, chunks), (head, 1, 1)):
-        for norm in _norms(module):
+    parts = [encoder, head, loss] if stage_losses is None else [encoder, head, loss, stage_losses]
+    for module in () if alone else parts:
+        for name, norm in _norms(module):
+            forwards, backwards = (2 * chunks - 1, chunks) if module is encoder else (1, 1)
+            if stage_losses is not None and module is encoder:
+                backwards = stage_losses.backward_passes(norm, name)
             found.append(Collective("batch_norm", "all_gather", (2 * norm.num_features + 1) * _NUMBER, forwards))
             found.append(Collective("batch_norm", "all_reduce", 2 * norm.num_features * _NUMBER, backwards))
     if ddp:
-        found.append(
-            Collective("gradients", "all_reduce", gradient_bytes([encoder, head, loss]) * gradient_size // _NUMBER)
-        )
-        found.append(Collective("buffers", "broadcast", _buffer_bytes([encoder, head, loss])))
+        found.append(Collective("gradients", "all_reduce", gradient_bytes(parts) * gradient_size // _NUMBER))
+        found.append(Collective("buffers", "broadcast", _buffer_bytes(parts)))
     if probe is not None:
         found.append(Collective("probe", "all_reduce", sum(p.nbytes for p in probe.parameters()) + _NUMBER))
     return found
@@ -105,6 +114,14 @@ def sent_by_part(collectives: Iterable[Collective], ranks: int) -> dict[str, int
     return {part: round(sent) for part, sent in parts.items()} if ranks > 1 else {}
 
 
+def mean_by_part(sent: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, int]:
+    """Bytes of a step by part, over steps of several kinds: pairs of the number of steps and what one of them sends."""
+    sent = list(sent)
+    steps = max(1, sum(count for count, _ in sent))
+    parts = dict.fromkeys(part for _, one in sent for part in one)
+    return {part: round(sum(count * one.get(part, 0) for count, one in sent) / steps) for part in parts}
+
+
 def gradient_bytes(modules: Iterable[nn.Module]) -> int:
     """Of all that is trained."""
     return sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
@@ -114,9 +131,9 @@ def _buffer_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
 
-def _norms(module: nn.Module) -> Iterable[Any]:
+def _norms(module: nn.Module) -> Iterable[tuple[str, Any]]:
     kinds = (GlobalBatchNorm, nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
-    return (norm for norm in module.modules() if isinstance(norm, kinds))
+    return ((name, norm) for name, norm in module.named_modules() if isinstance(norm, kinds))
 
 
 class LossInput:

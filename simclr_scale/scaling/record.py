@@ -14,9 +14,10 @@ from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.distributed import world
 from simclr_scale.pretraining.run_folder import SummaryFacts
 from simclr_scale.pretraining.strategies import gradient_bytes_of_a_number
-from simclr_scale.scaling.communication import LossInput, collectives_of_a_step, sent_by_part
+from simclr_scale.scaling.communication import Collective, LossInput, collectives_of_a_step, mean_by_part, sent_by_part
 from simclr_scale.scaling.energy import EnergyMeter
 from simclr_scale.scaling.hardware import device_name, peak_memory
+from simclr_scale.scaling.local_sgd import LocalSGD
 
 _ENERGY_EVERY_SECONDS = 1.0
 
@@ -114,6 +115,22 @@ class ScalingRecord(SummaryFacts):
     def _communication(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         if pl_module.device_mesh is not None:  # what FSDP2 and tensor parallelism send is not counted here
             return {"sent_bytes_per_step": None, "sent_bytes_by_part": None}
+        ddp = isinstance(trainer.strategy, DDPStrategy)
+        ordinary = self._sent(trainer, pl_module, ddp=ddp, probe=pl_module.probe)
+        if ordinary is None or not self._input.rows:
+            return {"sent_bytes_per_step": None, "sent_bytes_by_part": None}
+        parts = mean_by_part([(1, ordinary)])
+        sync = next((callback for callback in trainer.callbacks if isinstance(callback, LocalSGD)), None)
+        if sync is not None:
+            alone = self._sent(trainer, pl_module, ddp=False, alone=sync.negatives == "local")
+            assert alone is not None
+            traffic = sync.traffic
+            averages = Collective("averages", "all_reduce", traffic.averaged_bytes).sent(trainer.world_size)
+            each = {**alone, "averages": averages / max(1, traffic.local_steps)}
+            parts = mean_by_part([(traffic.shared_steps, ordinary), (traffic.local_steps, each)])
+        return {"sent_bytes_per_step": sum(parts.values()), "sent_bytes_by_part": parts}
+
+    def _sent(self, trainer: Any, pl_module: Any, **how: Any) -> dict[str, int] | None:
         collectives = collectives_of_a_step(
             pl_module.encoder,
             pl_module.head,
@@ -122,14 +139,11 @@ class ScalingRecord(SummaryFacts):
             width=self._input.width,
             element_size=self._input.element_size,
             chunk_size=pl_module.chunk_size,
-            ddp=isinstance(trainer.strategy, DDPStrategy),
             gradient_size=gradient_bytes_of_a_number(trainer.strategy),
-            probe=pl_module.probe,
+            stage_losses=pl_module.local,
+            **how,
         )
-        if collectives is None or not self._input.rows:
-            return {"sent_bytes_per_step": None, "sent_bytes_by_part": None}
-        parts = sent_by_part(collectives, trainer.world_size)
-        return {"sent_bytes_per_step": sum(parts.values()), "sent_bytes_by_part": parts}
+        return None if collectives is None else sent_by_part(collectives, trainer.world_size)
 
 
 class _StepClock:

@@ -63,6 +63,10 @@ OPTIONS = [
         "model.compile is not supported with a trainer.strategy that shards weights: leave one out",
     ),
     (
+        "--trainer.devices 2 --trainer.strategy model_parallel --model.local_losses.overlap 1",
+        "model.local_losses does not go with a trainer.strategy that shards weights: leave one out",
+    ),
+    (
         "--trainer.strategy ModelParallelStrategy --trainer.strategy.data_parallel_size 1",
         "trainer.strategy ModelParallelStrategy unpickles checkpoints; give simclr_scale's, MeshStrategy or model_par",
     ),
@@ -107,6 +111,22 @@ OPTIONS = [
     ("--name a/b", "--name is the name of a folder in runs, without slashes, got 'a/b'"),
     ("--name ..", "--name is the name of a folder in runs, without slashes, got '..'"),
     ("--name=", "--name is the name of a folder in runs, without slashes, got ''"),
+    # local updates
+    (
+        "--trainer.callbacks+=LocalSGD",
+        "LocalSGD needs several processes, whose weights it averages, and this run has one",
+    ),
+    ("--trainer.callbacks+=LocalSGD --trainer.callbacks.period 0", "LocalSGD: period must be at least 1 step, got 0"),
+    ("--trainer.callbacks+=LocalSGD --trainer.callbacks.perid 2", "there is no option perid"),
+    ("--trainer.callbacks+=LocalSGD --trainer.callbacks.outer adam", "expected one of 'nesterov'; got adam"),
+    (
+        "--model.local_losses.overlap 3",
+        "local losses: overlap must be from 0 to 2, one less than there are stages",
+    ),
+    ("--model.local_losses.partition [layer9]", "SimCLRResNet has no module 'layer9'; it has conv1, bn1"),
+    ("--model.local_losses.partition 9", "SimCLRResNet can be cut into 3 parts, not 9"),
+    ("--model.local_losses.overlp 1", "model.local_losses"),
+    ("--model.local_losses.overlap 1 --model.chunk_size 8", "model.chunk_size does not go with model.local_losses"),
     # sources
     (
         "--data.source nowhere",

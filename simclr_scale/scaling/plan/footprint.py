@@ -136,7 +136,7 @@ class Network:
         encoded = rows if chunk_size is None else min(rows, _CHUNKS * chunk_size)
         with self._mode:
             x = self._images(encoded)
-        with self._mode, _Allocations([x, *self._parts.parameters(), *self._parts.buffers()]) as allocations:
+        with self._mode, Allocations([x, *self._parts.parameters(), *self._parts.buffers()]) as allocations:
             with self._casting():
                 if chunk_size is None:
                     h = self._encoder(x.to(memory_format=self._format))
@@ -153,7 +153,7 @@ class Network:
     def _loss_bytes(self, rows: int, width: int) -> int:
         with self._mode:
             z = torch.empty(rows, width, dtype=self._autocast or self.weights, requires_grad=True)
-        with self._mode, _Allocations([z]) as allocations:
+        with self._mode, Allocations([z]) as allocations:
             self._loss(z).backward()
         return allocations.peak
 
@@ -169,7 +169,7 @@ def gathered_bytes(loss: nn.Module, rows: int, ranks: int, width: int, element_s
     return others * (width * (element_size + 3 * 4) + 6 * 4)
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Bytes of storages that operations make, while they are alive.
 
     Args:
