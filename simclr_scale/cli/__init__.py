@@ -36,6 +36,7 @@ COMMANDS = {
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "plan": Command("plan", "main", "memory, steps and time of a training, and known mistakes, before it starts"),
     "report": Command("report", "main", "set runs side by side: rates, scaling efficiency, time to N epochs"),
+    "fit-law": Command("fit_law", "main", "fit a scaling law to runs: error against parameters, images or compute"),
     "verify": Command("verify", "main", "check that several processes compute what one would"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),
 }
