@@ -197,8 +197,9 @@ def _lines(logs: Array, y: Array, frame: Frame, exponents: int = 3) -> list[tupl
     for share in (0.02, 0.5, 0.9, 0.99):
         rest = np.log(y - share * frame.lowest * (1 - 1e-9))
         slope, level = np.polyfit(logs, rest, 1)
-        for power in (0, -1, 1)[:exponents]:
-            found.append((share, max(-float(slope), 0.01) * 2.0**power, float(np.exp(level))))
+        found += [
+            (share, max(-float(slope), 0.01) * 2.0**power, float(np.exp(level))) for power in (0, -1, 1)[:exponents]
+        ]
     return found
 
 

@@ -40,8 +40,9 @@ class RunPoint(NamedTuple):
 def read_run(folder: Path, axis: str, measure: Measure, *, manifest: Path | None = None) -> RunPoint:
     """The point of one run.
 
-    On the axis ``params`` it is the encoder's parameters, on ``data`` the training images, on ``compute`` the arithmetic of
-    the encoder in the whole training: 3 forward passes of 2 views of all images seen, two FLOP for each product and sum.
+    On the axis ``params`` x is the encoder's parameters, on ``data`` the training images, on ``compute`` the arithmetic
+    of the encoder in the whole training: 3 forward passes of 2 views of all images seen, two FLOP for each product and
+    sum.
 
     Args:
         manifest: the evaluation that gives y; else, for ``linear``, the one that lies in the folder.
