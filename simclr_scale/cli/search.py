@@ -27,9 +27,10 @@ _OF_PRETRAIN = re.compile(
 _OF_THE_SEARCH = ("--model.encoder", "--model.head", "--trainer.devices", "--knn.every_n_epochs", "--trainer.num_nodes")
 _SCORES_OF_A_RUN = 4
 
-EPILOG = """Options of pretrain (--data.*, --model.*, --trainer.*, --knn.*, --checkpoint.*, --seed_everything, --threads) go to
-every trial; so does the recipe, but for its encoder and head. A space is a YAML file of lists encoders, widths and
-heads, where an encoder may be a mapping of its name and further arguments; or the options of those names.
+EPILOG = """\
+Options of pretrain (--data.*, --model.*, --trainer.*, --knn.*, --checkpoint.*, --threads, ...) go to every trial; so
+does the recipe, but for its encoder and head. A space is a YAML file of lists encoders, widths and heads, where an
+encoder may be a mapping of its name and further arguments; or the options of those names.
 
 examples:
   simclr-scale search --folder searches/one --config cifar10_tiny --data.source hfds/PATH \\

@@ -42,9 +42,9 @@ def all_points(arguments: Iterable[str], axis: Axis, measure: Measure) -> list[P
     """The points behind all arguments.
 
     Args:
-        arguments: folders of runs; manifests of `linear` or `knn` (.json), whose encoder is a run; or tables (.csv; lines
-            that begin with # are comments) with a column of the axis (params; data, in images; compute, in FLOP) and one of
-            error, accuracy (0 to 1) or loss.
+        arguments: folders of runs; manifests of `linear` or `knn` (.json), whose encoder is a run; or tables (.csv;
+            lines that begin with # are comments) with a column of the axis (params; data, in images; compute, in FLOP)
+            and one of error, accuracy (0 to 1) or loss.
         measure: what y is: 1 - accuracy of ``knn`` or ``linear``, or the contrastive ``loss``.
 
     Raises:
@@ -87,7 +87,7 @@ def _of_table(path: Path, axis: Axis, measure: Measure) -> list[Point]:
     missing = [name for name in _CONDITIONS if given == ["loss"] and name not in columns]
     if missing:
         raise InputError(
-            f"{path}: losses need a column {missing[0]!r}: a contrastive loss is that of so many negatives at a temperature"
+            f"{path}: losses need a column {missing[0]!r}: a contrastive loss is one of so many negatives at a temperature"
         )
     return [_of_row(row, f"{path}, point {number}", axis, given[0]) for number, row in enumerate(rows, 1)]
 

@@ -101,7 +101,7 @@ class SearchSpace:
                 create_encoder(**self._arguments(Candidate(encoder, width, self.heads[0]), recipe))
 
     def recipe_of(self, candidate: Candidate, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """The recipe with a candidate's encoder and head; arguments of the recipe's encoder stay for one of its name."""
+        """The recipe with a candidate's encoder and head; an encoder of the recipe's own name keeps its arguments."""
         changed = copy.deepcopy(dict(recipe))
         out_features, layers = map(int, candidate.head.split("x"))
         arguments = self._arguments(candidate, recipe)
