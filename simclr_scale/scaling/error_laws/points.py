@@ -87,7 +87,7 @@ def _of_table(path: Path, axis: Axis, measure: Measure) -> list[Point]:
     missing = [name for name in _CONDITIONS if given == ["loss"] and name not in columns]
     if missing:
         raise InputError(
-            f"{path}: losses need a column {missing[0]!r}: a contrastive loss is one of so many negatives at a temperature"
+            f"{path}: losses need a column {missing[0]!r}: a loss belongs to its negatives and temperature"
         )
     return [_of_row(row, f"{path}, point {number}", axis, given[0]) for number, row in enumerate(rows, 1)]
 
