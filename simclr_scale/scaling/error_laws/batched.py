@@ -46,7 +46,9 @@ def minimise(curve: Callable[[Array], Array], targets: Array, start: Array) -> t
         taken = active[better]
         found[taken], rest[taken], costs[taken] = there[better], rest_there[better], cost_there[better]
         damping[active] = np.clip(damping[active] * np.where(better, _TIGHTER, _LOOSER), _LEAST_DAMPING, np.inf)
-        ended = (better & (gain < _CONVERGED)) | (damping[active] > _MOST_DAMPING)
+        # A small gain of a damped step is no sign of the end.
+        free = damping[active] <= _FIRST_DAMPING
+        ended = (better & free & (gain < _CONVERGED)) | (damping[active] > _MOST_DAMPING)
         active = active[~ended]
         if not len(active):
             break
