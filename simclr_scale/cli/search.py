@@ -79,7 +79,7 @@ def _parser() -> OneLineErrors:
     add("--trials", type=int, default=20, help="candidates to try; all, where there are fewer")
     add("--score", type=Score, default="knn", help="knn (labels of the train part vote) or rankme (no labels)")
     add("--score_every", type=int | None, help="epochs between scores; default: a quarter of all")
-    add("--pruner", type=Literal[PRUNERS], default="median", help="ends bad trials early: median, halving, none")  # type: ignore[valid-type]
+    add("--pruner", type=Literal[PRUNERS], default="median", help="ends bad trials early: median, halving, none")
     add("--workers", type=int, default=1, help="processes on this machine, each with a trial of its own")
     add("--seed", type=int, default=0, help="of the choice of candidates")
     add("--validate", type=Literal["linear"] | None, help="linear: evaluate all complete trials so, at the end")

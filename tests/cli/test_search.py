@@ -166,7 +166,7 @@ MISTAKES = [
         "--folder s --config quickstart --encoders resnet18 --data.sorce x",
         "there is no option data.sorce; did you mean",
     ),
-    ("--folder s --config quickstart --encoders resnet18 --data.source x", "x: no such folder"),
+    ("--folder s --config quickstart --encoders resnet18 --data.source x", "no such folder; a source is a"),
     (
         "--folder s --config quickstart --encoders resnet18 --model.encoder.name x",
         "--model.encoder.name is the search's",

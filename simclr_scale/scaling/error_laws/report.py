@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _AXES = {"params": "parameters of the encoder", "data": "training images", "compute": "FLOP of the encoder in training"}
+_NOTHING = 1e-6
 _REACH = 4.0  # of the picture, beyond the largest size
 
 
@@ -73,14 +74,15 @@ class LawReport:
 
         fit = self.fit
         console = console or Console()
-        table = Table(title=f"{self.quantity} = y of {_AXES[self.axis]} = x", box=box.ROUNDED)
+        console.print(f"y: {self.quantity}; x: {_AXES[self.axis]}", highlight=False, soft_wrap=True)
+        table = Table(box=box.ROUNDED)
         table.add_column("")
         for title in ("value", f"{fit.level:.0%} interval"):
             table.add_column(title, justify="right")
         rows = [(name, value) for name, value in fit.parameters.items()]
         rows += [(f"y at {x:.4g}", value) for x, value in self._predictions()]
         for name, value in rows:
-            table.add_row(name, f"{value.value:.4g}", f"{value.low:.4g} to {value.high:.4g}")
+            table.add_row(name, _brief(value.value), f"{_brief(value.low)} to {_brief(value.high)}")
         console.print(table)
         lines = [f"{fit.form.name}: {fit.form.formula}", f"root mean square distance of the points {fit.rms:.2%}"]
         if (foreseen := fit.extrapolation) is not None:
@@ -104,15 +106,20 @@ def draw(report: LawReport, file: Path) -> None:
     curve = np.array(fit.predict(x))
     axes.fill_between(x, curve[:, 1], curve[:, 2], color="#0072B2", alpha=0.15, linewidth=0)
     axes.plot(x, curve[:, 0], color="#0072B2", label=_in_words(fit))
-    count = len(fit.extrapolation.held_out) if fit.extrapolation is not None else 0
     axes.plot(fit.x, fit.y, "o", color="#000000", label="runs")
-    if fit.extrapolation is not None and count:
-        marks = {"marker": "x", "linestyle": "", "color": "#D55E00"}
-        axes.plot(fit.extrapolation.held_out, fit.extrapolation.predicted, label="foreseen without them", **marks)
+    if fit.extrapolation is not None:
+        foreseen = fit.extrapolation
+        axes.plot(foreseen.held_out, foreseen.predicted, "x", color="#D55E00", label="foreseen without them")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(_AXES[report.axis])
     axes.set_ylabel(report.quantity)
+    if fit.x[-1] < 100 * fit.x[0]:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e5 else f"{value:.0e}")
+        )
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=_ticks(curve[:, 1].min(), max(*fit.y, curve[:, 2].max()))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -129,9 +136,16 @@ def draw(report: LawReport, file: Path) -> None:
 def _ticks(low: float, high: float) -> Sequence[float]:
     """Within a power of ten: more of them, the less of it is spanned."""
     span = high / low
-    return np.arange(1, 10, 0.2 if span < 1.6 else 0.5 if span < 3 else 1) if span < 10 else (1, 2, 5)
+    if span > 10:
+        return 1, 2, 5
+    return np.arange(1, 10, 0.2 if span < 1.6 else 0.5 if span < 3 else 1).tolist()
 
 
 def _in_words(fit: LawFit) -> str:
-    values = ", ".join(f"{name} {value.value:.3g}" for name, value in fit.parameters.items())
+    values = ", ".join(f"{name} {_brief(value.value, 3)}" for name, value in fit.parameters.items())
     return f"{fit.form.name}: {values}"
+
+
+def _brief(value: float, digits: int = 4) -> str:
+    """A floor at its lower end comes near 0 without reaching it."""
+    return "0" if abs(value) < _NOTHING else f"{value:.{digits}g}"

@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 @pytest.mark.parametrize("form", CURVES)
 def test_many_fits_at_once_are_those_of_scipy(form: str) -> None:
     curve, law = CURVES[form], FORMS[form]
-    noise = 0.02 * np.random.default_rng(0).standard_normal((4, len(curve.sizes)))
+    noise = 0.02 * np.random.default_rng(0).standard_normal((2, len(curve.sizes)))
     y = curve.y(curve.sizes)
     frame = Frame.of(curve.sizes, y, 0.9 if form == "m4" else None)
     logs = np.log(curve.sizes / frame.scale)

@@ -28,7 +28,7 @@ def test_rank_correlations_by_hand(tmp_path: Path) -> None:
         by_hand = 1 - 6 * ((places[0] - places[1]) ** 2).sum() / (8 * (64 - 1))
         assert found[name]["spearman"] == pytest.approx(by_hand)
         assert found[name]["encoders"] == 8
-    console = Console(width=120, record=True, file=StringIO())
+    console = Console(width=120, record=True, force_terminal=True, file=StringIO())
     report.print_table(console)
     text = console.export_text()
     assert "Spearman correlation of kNN with linear accuracy" in text
@@ -39,7 +39,7 @@ def test_rank_correlations_by_hand(tmp_path: Path) -> None:
 
 def test_few_encoders_say_little() -> None:
     report = SearchReport("knn", rows([0.5, 0.6, 0.7], [0.1, 0.2, 0.3], [3, 2, 1]), ())
-    console = Console(width=120, record=True, file=StringIO())
+    console = Console(width=120, record=True, force_terminal=True, file=StringIO())
     report.print_table(console)
     assert "3 encoders; of fewer than 8 that says little" in console.export_text()
 

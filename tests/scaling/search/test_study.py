@@ -13,7 +13,7 @@ from simclr_scale.scaling.search.report import SearchReport
 from simclr_scale.scaling.search.space import SearchSpace
 from simclr_scale.scaling.search.study import SearchStudy, open_folder
 
-SPACE = SearchSpace.of(["simclr_resnet_tiny", "resnet10t"], [0.5, 1, 2], ["128x2", "64x2"])
+SPACE = SearchSpace.of(["simclr_resnet_tiny", "resnet10t"], [0.5, 1], ["128x2", "64x2"])
 
 
 def study(folder: Path, trials: int = 100, pruner: str = "none") -> SearchStudy:
