@@ -272,8 +272,8 @@ def _notes(
     floor = parameters["E"]
     if floor.high - floor.low > 0.5 * frame.lowest:
         notes.append(
-            "the floor E is not determined: its interval is most of what lies between 0 and the smallest error, and the "
-            "exponent moves with it"
+            "the floor E is not determined: its interval is most of what lies between 0 and the smallest error, and "
+            "the exponent moves with it"
         )
     if frame.lowest > 0.9 * frame.highest:
         notes.append("the errors differ by less than a tenth: hardly any law is told from another by them")

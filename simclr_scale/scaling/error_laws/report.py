@@ -117,7 +117,7 @@ def draw(report: LawReport, file: Path) -> None:
     if fit.x[-1] < 100 * fit.x[0]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e5 else f"{value:.0e}")
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 < value < 1e7 else f"{value:.0e}")
         )
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=_ticks(curve[:, 1].min(), max(*fit.y, curve[:, 2].max()))))
