@@ -8,21 +8,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from simclr_scale.errors import InputError
-from simclr_scale.scaling.error_laws.batched import minimise
 from simclr_scale.scaling.error_laws.forms import FORMS, Array, Form, Frame
+from simclr_scale.scaling.error_laws.solving import noise_like, solve, solve_each
 
 FEWEST_POINTS = 5
 RESAMPLES = 500
 _SHARE_HELD_OUT = 0.2
-# What the rough search finds best is solved to the end: the fit, and its best rival; resamples start near both. From
-# where a bounded parameter has run against its end no slope leads back, so they start within this of the middle.
-_SOLUTIONS = 2
-_MOST_OFF_MIDDLE = 2.0
-_TOLERANCE = 1e-10
-_MOST_EVALUATIONS = 300
 
 
 class Estimate(NamedTuple):
@@ -124,12 +117,12 @@ def fit_law(
     sizes, errors = _checked(law, x, y, ceiling)
     frame = Frame.of(sizes, errors, ceiling)
     logs = np.log(sizes) - np.log(frame.scale)
-    found = _fits(law, logs, np.log(errors), frame, law.starts(logs, errors, frame))
+    found = solve(law, logs, np.log(errors), frame, law.starts(logs, errors, frame))
     unknown = found[0]
     curve = law.log_error(unknown, logs, frame)
     residuals = np.log(errors) - curve
-    noise = _noise(residuals, law.unknowns(frame), resamples, np.random.default_rng(seed))
-    draws = _resampled(law, logs, curve + noise, frame, found)
+    noise = noise_like(residuals, law.unknowns(frame), resamples, np.random.default_rng(seed))
+    draws = solve_each(law, logs, curve + noise, frame, found)
     parameters = _estimates(law, unknown, draws, frame, level)
     extrapolation = _extrapolate(law, sizes, errors, ceiling, hold_out)
     return LawFit(
@@ -186,45 +179,6 @@ def _checked(law: Form, x: Sequence[float], y: Sequence[float], ceiling: float |
     return sizes[order], errors[order]
 
 
-def _fits(law: Form, logs: Array, log_errors: Array, frame: Frame, starts: Sequence[Array]) -> list[Array]:
-    """The best few solutions from all starts, the best first."""
-
-    def curve(unknown: Array) -> Array:
-        return law.log_error(unknown.T[:, :, None], logs, frame)
-
-    def residuals(unknown: Array) -> Array:
-        return law.log_error(unknown, logs, frame) - log_errors
-
-    roughly, costs = minimise(curve, np.tile(log_errors, (len(starts), 1)), np.array(starts))
-    settings = {"xtol": _TOLERANCE, "ftol": _TOLERANCE, "gtol": _TOLERANCE, "max_nfev": _MOST_EVALUATIONS}
-    best = np.argsort(costs, kind="stable")[:_SOLUTIONS]
-    solutions = [least_squares(residuals, roughly[row], method="lm", **settings) for row in best]
-    return [solution.x for solution in sorted(solutions, key=lambda solution: solution.cost)]
-
-
-def _resampled(law: Form, logs: Array, log_errors: Array, frame: Frame, solutions: Sequence[Array]) -> Array:
-    """(R, P): the best fit to each row of (R, N) from where the points' own solutions lie."""
-
-    def curve(unknown: Array) -> Array:
-        return law.log_error(unknown.T[:, :, None], logs, frame)
-
-    tried = []
-    for solution in solutions:
-        start = solution.copy()
-        ends = [place for place in law.bounded if place < len(start)]
-        start[ends] = np.clip(start[ends], -_MOST_OFF_MIDDLE, _MOST_OFF_MIDDLE)
-        tried.append(minimise(curve, log_errors, np.tile(start, (len(log_errors), 1))))
-    best = np.argmin([costs for _, costs in tried], axis=0)
-    return np.array([unknown for unknown, _ in tried])[best, np.arange(len(log_errors))]
-
-
-def _noise(residuals: Array, unknowns: int, resamples: int, generator: np.random.Generator) -> Array:
-    """(R, N) errors of log y."""
-    freedom = len(residuals) - unknowns
-    spread = np.sqrt(residuals @ residuals / generator.chisquare(freedom, size=(resamples, 1)))
-    return spread * generator.standard_normal((resamples, len(residuals)))
-
-
 def _interval(drawn: Array, level: float) -> Array:
     """(2, ...): low and high ends over the resamples (R, ...)."""
     return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -251,7 +205,7 @@ def _extrapolate(
     if len(different) - count < law.unknowns(frame):
         return None
     logs = np.log(sizes) - np.log(frame.scale)
-    fitted = _fits(law, logs[near], np.log(errors[near]), frame, law.starts(logs[near], errors[near], frame))[0]
+    fitted = solve(law, logs[near], np.log(errors[near]), frame, law.starts(logs[near], errors[near], frame))[0]
     predicted = np.exp(law.log_error(fitted, logs[~near], frame))
     slope, level = np.polyfit(logs[near], np.log(errors[near]), 1)
     line = np.exp(level + slope * logs[~near])
