@@ -18,7 +18,9 @@ HERE = {"accelerator": "cpu", "devices": "1", "strategy": "auto", "precision": "
 
 def test_all_files_are_shipped() -> None:
     assert sorted(shipped_recipes("pretrain").values()) == FILES
-    assert {"quickstart", "cifar10", "cifar10_small", "imagenet_resnet50"} <= set(shipped_recipes("pretrain"))
+    assert {"quickstart", "cifar10", "cifar10_small", "cifar10_tiny", "imagenet_resnet50"} <= set(
+        shipped_recipes("pretrain")
+    )
     assert shipped_recipes("bake") == {}
 
 
@@ -42,7 +44,7 @@ def test_neither_file_nor_recipe() -> None:
     with pytest.raises(InputError, match=r"no configuration file or recipe 'quickstrt'; did you mean quickstart\?"):
         find_recipe("pretrain", "quickstrt")
     with pytest.raises(
-        InputError, match="shipped recipes are chest_xray, cifar10, cifar10_small, hyperspectral, imagenet"
+        InputError, match="shipped recipes are chest_xray, cifar10, cifar10_barlow_twins, cifar10_sigmoid"
     ):
         find_recipe("pretrain", "nothing.yaml")
 
