@@ -3,7 +3,6 @@
 from typing import Literal
 
 from simclr_scale.cli.parsing import OneLineErrors
-from simclr_scale.cli.report import PICTURES
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import require_new_file
 from simclr_scale.evaluation.manifest import write_json
@@ -12,6 +11,7 @@ from simclr_scale.scaling.error_laws.fitting import RESAMPLES
 from simclr_scale.scaling.error_laws.points import Axis, all_points, differing_settings
 from simclr_scale.scaling.error_laws.report import LawReport, draw
 from simclr_scale.scaling.error_laws.runs import Measure
+from simclr_scale.scaling.pictures import require_new_picture
 
 EPILOG = """forms:
   power  y = E + A x^-alpha
@@ -52,9 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plot", type=str | None, help="picture to draw (.png, .pdf, .svg, .jpg); must not exist")
     given = parser.parse_args(argv)
     output = require_new_file(given.output) if given.output is not None else None
-    plot = require_new_file(given.plot) if given.plot is not None else None
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise InputError(f"--plot {plot}: the name of a picture ends in {', '.join(PICTURES)}")
+    plot = require_new_picture(given.plot) if given.plot is not None else None
     wanted = _sizes(given.predict)
     points = all_points(given.runs, given.axis, given.measure)
     fit = fit_law(

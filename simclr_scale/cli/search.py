@@ -11,11 +11,11 @@ import yaml
 from simclr_scale.cli.parsing import OneLineErrors
 from simclr_scale.cli.pretrain import PretrainCLI, quieten
 from simclr_scale.cli.recipes import find_recipe
-from simclr_scale.cli.report import PICTURES
 from simclr_scale.cli.search_trials import SearchWork, run_workers
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import LabelBudget, require_new_file
 from simclr_scale.evaluation.manifest import write_json
+from simclr_scale.scaling.pictures import require_new_picture
 from simclr_scale.scaling.search.report import SearchReport, draw
 from simclr_scale.scaling.search.score import Score
 from simclr_scale.scaling.search.space import SearchSpace, read_space
@@ -48,9 +48,8 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(own)
     require_optuna()
     _check(given)
-    output, plot = (require_new_file(name) if name is not None else None for name in (given.output, given.plot))
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise InputError(f"--plot {plot}: the name of a picture ends in {', '.join(PICTURES)}")
+    output = require_new_file(given.output) if given.output is not None else None
+    plot = require_new_picture(given.plot) if given.plot is not None else None
     quieten()
     work = _work(given, of_trials)
     run_workers(work, given.workers, given.validate is not None)

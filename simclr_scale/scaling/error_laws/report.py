@@ -1,6 +1,5 @@
 """A fitted law in words, numbers and a picture."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from simclr_scale import __version__
 from simclr_scale.scaling.error_laws.fitting import Estimate, LawFit
 from simclr_scale.scaling.error_laws.points import Point
+from simclr_scale.scaling.pictures import save_figure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,12 +125,7 @@ def draw(report: LawReport, file: Path) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(draft, dpi=120, format=file.suffix[1:].lower())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+    save_figure(figure, file)
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:

@@ -1,7 +1,6 @@
 """A search in a table: scores of all candidates, and how far they agree with a linear classifier."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats import spearmanr
 
 from simclr_scale import __version__
+from simclr_scale.scaling.pictures import save_figure
 from simclr_scale.scaling.search.study import SearchStudy
 
 if TYPE_CHECKING:
@@ -168,9 +168,4 @@ def draw(report: SearchReport, file: Path) -> None:
         axes.set_title(f"Spearman {found[name]['spearman']:.2f}", fontsize=9)
         axes.margins(x=0.25, y=0.1)
         axes.grid(alpha=0.3)
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(draft, dpi=120, format=file.suffix[1:].lower())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+    save_figure(figure, file)
