@@ -17,7 +17,7 @@ import yaml
 
 from simclr_scale.cli.evaluate import EvaluationData, run_linear
 from simclr_scale.cli.pretrain import PretrainCLI, quieten, train
-from simclr_scale.errors import InputError, RunFailed
+from simclr_scale.errors import InputError, Preempted, RunFailed
 from simclr_scale.pretraining.run_folder import CONFIG
 from simclr_scale.pretraining.run_lock import RunLock
 from simclr_scale.scaling.search.report import linear_manifest
@@ -102,6 +102,9 @@ def _run_worker(work: SearchWork, validate: bool, number: int) -> None:
     except InputError as error:
         print(f"simclr-scale search: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as error:
+        print(f"simclr-scale search: {error}", file=sys.stderr)
+        sys.exit(143)
 
 
 def _end_with_parent() -> None:
@@ -133,8 +136,12 @@ def _run_trial(work: SearchWork, study: SearchStudy, claim: Claim) -> None:
         study.prune(claim)
         say.line("pruned")
         return
-    except (InputError, RunFailed, torch.OutOfMemoryError, RuntimeError) as error:
-        # Of this candidate: others may well do.
+    except Preempted:
+        # With its checkpoint: the next start goes on with it.
+        claim.lock.release()
+        raise
+    except (InputError, RuntimeError) as error:
+        # Of this candidate (torch raises RuntimeError where memory does not suffice): others may well do.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         study.fail(claim, reason)
         say.line(f"failed: {reason}")
