@@ -36,6 +36,8 @@ COMMANDS = {
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "plan": Command("plan", "main", "memory, steps and time of a training, and known mistakes, before it starts"),
     "report": Command("report", "main", "set runs side by side: rates, scaling efficiency, time to N epochs"),
+    "fit-law": Command("fit_law", "main", "fit a scaling law to runs: error against parameters, images or compute"),
+    "search": Command("search", "main", "look for an encoder by many short trainings, scored by kNN or without labels"),
     "verify": Command("verify", "main", "check that several processes compute what one would"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),
 }

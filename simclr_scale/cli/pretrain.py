@@ -283,7 +283,11 @@ def quieten() -> None:
 def main(argv: list[str]) -> None:
     """Trains; the files are those of ``runs/NAME/`` (see the documentation)."""
     quieten()
-    cli = PretrainCLI(argv)
+    train(PretrainCLI(argv))
+
+
+def train(cli: PretrainCLI) -> None:
+    """Runs what the command line asked for to its end."""
     progress = cli.trainer.progress_bar_callback
     assert isinstance(progress, RunProgress)
     if cli.trainer.is_global_zero:

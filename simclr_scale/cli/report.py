@@ -6,11 +6,10 @@ from simclr_scale.cli.parsing import OneLineErrors
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import require_new_file
 from simclr_scale.evaluation.manifest import write_json
+from simclr_scale.scaling.pictures import require_new_picture
 from simclr_scale.scaling.plots import draw
 from simclr_scale.scaling.report import Mode, ScalingReport, find_series
 from simclr_scale.scaling.runs import all_runs
-
-_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 EPILOG = """examples:
   simclr-scale report runs/one runs/two runs/four --plot scaling.png
@@ -41,9 +40,7 @@ def main(argv: list[str]) -> None:
     if not 0 < arguments.epochs < float("inf"):
         raise InputError(f"--epochs must be above 0, got {arguments.epochs}")
     output = require_new_file(arguments.output) if arguments.output is not None else None
-    plot = require_new_file(arguments.plot) if arguments.plot is not None else None
-    if plot is not None and plot.suffix.lower() not in _PICTURES:
-        raise InputError(f"--plot {plot}: the name of a picture ends in {', '.join(_PICTURES)}")
+    plot = require_new_picture(arguments.plot) if arguments.plot is not None else None
     runs = all_runs(arguments.runs)
     report = ScalingReport(tuple(runs), tuple(find_series(runs, arguments.mode)), arguments.epochs)
     report.print_table()

@@ -101,9 +101,13 @@ class KNNMonitor(pl.Callback):
             # Small images are not enlarged: of hundreds of bands that would be most of the work.
             encoder, transform = baseline(spec, channels, min(64, height, width))
             baselines[name] = self.top1(trainer, encoder, transform.with_value_range(pl_module.transform.value_range))
+        return {**baselines, "untrained": self.untrained, "trained": self.trained_top1(trainer, pl_module)}
+
+    def trained_top1(self, trainer: pl.Trainer, pl_module: Any) -> float:
+        """kNN top-1 of the encoder as it is now, measured anew only where steps were taken since the last time."""
         if self._trained is None or self._trained[0] != trainer.global_step:
             self._trained = trainer.global_step, self.top1(trainer, pl_module.encoder, pl_module.transform)
-        return {**baselines, "untrained": self.untrained, "trained": self._trained[1]}
+        return self._trained[1]
 
     def top1(self, trainer: pl.Trainer, encoder: nn.Module, transform: ImageTransform) -> float:
         """kNN top-1 of an encoder on the data of a run; every rank extracts its share and gets the same value."""

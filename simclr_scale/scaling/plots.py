@@ -1,12 +1,12 @@
 """The picture of a scaling report."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simclr_scale.scaling.laws import amdahl, gustafson
+from simclr_scale.scaling.pictures import save_figure
 from simclr_scale.scaling.report import ScalingReport, Series
 
 # Told apart also without colours, by their marks: Okabe & Ito 2008 without yellow, which is faint on white.
@@ -50,12 +50,7 @@ def draw(report: ScalingReport, file: Path) -> None:
         axes.set_xlabel("devices")
         _tick_at(axes, counts)
         axes.grid(alpha=0.3)
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(draft, dpi=120, format=file.suffix[1:].lower())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+    save_figure(figure, file)
 
 
 def _draw_series(rates: Any, efficiencies: Any, series: Series, style: dict[str, str]) -> None:

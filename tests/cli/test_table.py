@@ -16,7 +16,7 @@ from tests.cli.commands import CHECKOUT, Outcome, start_command
 
 Command = Callable[..., Outcome]
 
-FEWEST_OPTIONS = {"report": 4, "verify": 3, "export": 3, "transfer": 12}
+FEWEST_OPTIONS = {"report": 4, "verify": 3, "export": 3, "transfer": 12, "fit-law": 11, "search": 13}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -1,0 +1,1 @@
+"""Looking for an encoder by short trainings, without labels or with them."""
