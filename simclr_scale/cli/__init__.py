@@ -36,6 +36,9 @@ COMMANDS = {
     "export": Command("export", "main", "write an encoder for timm, torchvision, ONNX or torch.export"),
     "plan": Command("plan", "main", "memory, steps and time of a training, and known mistakes, before it starts"),
     "report": Command("report", "main", "set runs side by side: rates, scaling efficiency, time to N epochs"),
+    "noise-scale": Command("noise_scale", "main", "how large a batch still pays: the gradient noise scale of a run"),
+    "critical-batch": Command("critical_batch", "main", "branch a checkpoint at several batch sizes and compare"),
+    "lr-sweep": Command("lr_sweep", "main", "linear or square-root scaling of the learning rate, over batch sizes"),
     "verify": Command("verify", "main", "check that several processes compute what one would"),
     "views": Command("views", "main", "show what the augmentation makes of some images"),
 }
