@@ -100,9 +100,7 @@ def main(argv: list[str]) -> None:
         cli.open_data()
     with study.taken():
         make_runner = partial(SweepRunner, argv, *([cli] if cli.config.workers == 1 else []))
-        results = run_cells(
-            cells, study, make_runner, workers=cli.config.workers, done=counter("lr-sweep", len(cells))
-        )
+        results = run_cells(cells, study, make_runner, workers=cli.config.workers, done=counter("lr-sweep", len(cells)))
         rows = compare_rules(results, METRIC)
         content = {
             "study": "lr-sweep",

@@ -126,9 +126,7 @@ def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:
     """Keys that could change the result and differ between a run's config.yaml and a new configuration."""
     before, after = settings_of_result(saved.read_text()), settings_of_result(now)
     return [
-        (key, before.get(key), after.get(key))
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
+        (key, before.get(key), after.get(key)) for key in sorted({*before, *after}) if before.get(key) != after.get(key)
     ]
 
 

@@ -131,19 +131,21 @@ class StudyCLI(PretrainCLI):
         return self.parser.instantiate_classes(config).model
 
     def training(self) -> CellTraining:
-        arguments = {
-            key: value
-            for key, value in self.config_init.trainer.items()
-            if key not in ("logger", "callbacks", "devices", "default_root_dir", "enable_checkpointing")
-            and not key.startswith("enable_")
-        }
         return CellTraining(
             self.datamodule,
             self.build,
-            arguments,
+            trainer_arguments(self),
             train_images=self.config.train_images,
             test_images=self.config.test_images,
         )
+
+
+def trainer_arguments(cli: PretrainCLI) -> dict[str, Any]:
+    """Of the Trainer, but for what a cell has of its own: its device, and nothing written or shown."""
+    own = ("logger", "callbacks", "devices", "num_nodes", "strategy", "default_root_dir", "barebones", "profiler")
+    return {
+        key: value for key, value in cli.config_init.trainer.items() if key not in own and not key.startswith("enable_")
+    }
 
 
 def whole_numbers(option: str, given: int | str) -> list[int]:

@@ -18,7 +18,9 @@ HERE = {"accelerator": "cpu", "devices": "1", "strategy": "auto", "precision": "
 
 def test_all_files_are_shipped() -> None:
     assert sorted(shipped_recipes("pretrain").values()) == FILES
-    assert {"quickstart", "cifar10", "cifar10_small", "cifar10_tiny", "imagenet_resnet50"} <= set(shipped_recipes("pretrain"))
+    assert {"quickstart", "cifar10", "cifar10_small", "cifar10_tiny", "imagenet_resnet50"} <= set(
+        shipped_recipes("pretrain")
+    )
     assert shipped_recipes("bake") == {}
 
 

@@ -26,7 +26,11 @@ def rate_of(rule: str, batch: int, reference_batch: int, reference_rate: float) 
 
 
 def sweep_cells(
-    batches: Sequence[int], rules: Sequence[str], seeds: Sequence[int], reference: tuple[int, float], negatives: int | None
+    batches: Sequence[int],
+    rules: Sequence[str],
+    seeds: Sequence[int],
+    reference: tuple[int, float],
+    negatives: int | None,
 ) -> list[Cell]:
     """Seed by seed, so that an unfinished sweep has all of the first seed."""
     return [

@@ -105,7 +105,9 @@ class CellTraining:
 def fixed_views(data: SimCLRDataModule, source: Source, images: int, group: int) -> Sequence[Tensor]:
     """Batches (2m, C, H, W) of whole groups, drawn once, evenly from the source."""
     if len(source) < group:
-        raise InputError(f"the loss at fixed negatives needs {group} held-out images, and {source.name} has {len(source)}")
+        raise InputError(
+            f"the loss at fixed negatives needs {group} held-out images, and {source.name} has {len(source)}"
+        )
     images = min(images, len(source)) // group * group
     chosen = np.linspace(0, len(source) - 1, images).round().astype(int)
     # Neighbours in a folder are of one class: each group takes images from all over the set.
