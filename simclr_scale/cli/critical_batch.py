@@ -249,8 +249,8 @@ def print_task(task: dict[str, Any], console: Console | None = None) -> None:
     if fit:
         interval = f" (95%: {fit['interval'][0]:,.0f} to {fit['interval'][1]:,.0f})" if fit["interval"] else ""
         say(
-            f"target {task['target']:.4f}: at least {fit['least_steps']:,.1f} steps and {fit['least_images']:,.0f} images; "
-            f"critical batch {fit['critical_batch']:,.0f}{interval}",
+            f"target {task['target']:.4f}: at least {fit['least_steps']:,.1f} steps and "
+            f"{fit['least_images']:,.0f} images; critical batch {fit['critical_batch']:,.0f}{interval}",
             highlight=False,
         )
     else:

@@ -5,7 +5,8 @@ one step of the optimizer, and a harder task. Here a batch of k * m images is k 
 
     loss = 1/k sum over groups g of loss(images of g),
 
-so k varies the batch of the optimizer at a fixed task, and m the task. (Batch norm of an encoder still sees all images.)
+so k varies the batch of the optimizer at a fixed task, and m the task. (Batch norm of an encoder still sees all of
+them.)
 """
 
 import copy

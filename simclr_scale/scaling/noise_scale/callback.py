@@ -100,7 +100,7 @@ class GradientNoiseScale(SummaryFacts):
         measuring.check_mode(self.mode, loss if of_ours else None, force=self.force, ranks=trainer.world_size)
         if self.mode != "per_rank" and self.loss_of is None and not of_ours:
             raise InputError(
-                f"GradientNoiseScale: how {type(pl_module).__name__} makes its loss of a batch is not known; give loss_of"
+                f"GradientNoiseScale: how {type(pl_module).__name__} makes its loss is not known; give loss_of"
             )
         if self.mode == "per_rank":
             self._local = _LocalSquares(trained_parameters(pl_module))

@@ -1,7 +1,7 @@
 """From gradients to the noise scale.
 
-Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), section 2.2 and appendix
-A.1. With G the true gradient, and E|g_B - G|^2 = S / B the noise of a batch of B images,
+Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162), section 2.2 and
+appendix A.1. With G the true gradient, and E|g_B - G|^2 = S / B the noise of a batch of B images,
 
     B_simple = S / |G|^2,
 
@@ -75,17 +75,18 @@ def probe_estimate(gram: NDArray[np.float64], batch: int) -> NoiseScale:
     if n < 2:
         raise InputError(f"a noise scale needs 2 independent batches at least, got {n}")
     signal, noise = _parts(gram, batch)
-    logs = []
-    if n > 2:
-        for left_out in range(n):
-            kept = np.delete(np.arange(n), left_out)
-            its_signal, its_noise = _parts(gram[np.ix_(kept, kept)], batch)
-            if its_signal <= 0 or its_noise <= 0:
-                logs = []
-                break
-            logs.append(np.log(its_noise / its_signal))
-    error = float(np.sqrt((n - 1) / n * np.square(logs - np.mean(logs)).sum())) if logs else None
-    return NoiseScale(signal, noise, error)
+    kept = [np.delete(np.arange(n), left_out) for left_out in range(n)] if n > 2 else []
+    others = np.array([_parts(gram[np.ix_(rest, rest)], batch) for rest in kept]).reshape(-1, 2)
+    return NoiseScale(signal, noise, _jackknife_error(others[:, 0], others[:, 1]))
+
+
+def _jackknife_error(signals: NDArray[np.float64], noises: NDArray[np.float64]) -> float | None:
+    """Of the logarithm of the ratio, from its values with one of n left out; None where one of them has no ratio."""
+    n = len(signals)
+    if n < 3 or (signals <= 0).any() or (noises <= 0).any():
+        return None
+    logs = np.log(noises / signals)
+    return float(np.sqrt((n - 1) / n * np.square(logs - logs.mean()).sum()))
 
 
 def _parts(gram: NDArray[np.float64], batch: int) -> tuple[float, float]:
@@ -142,13 +143,7 @@ def jackknife_estimate(whole_square: float, gram: NDArray[np.float64], batch: in
 def mean_of(estimates: Sequence[NoiseScale]) -> NoiseScale:
     """The two parts averaged apart; the error of their ratio by the jackknife over estimates."""
     signals, noises = (np.array([getattr(e, name) for e in estimates]) for name in ("signal", "noise"))
-    n = len(estimates)
-    error = None
-    if n > 2:
-        others = (noises.sum() - noises) / (signals.sum() - signals)
-        if (others > 0).all():
-            logs = np.log(others)
-            error = float(np.sqrt((n - 1) / n * np.square(logs - logs.mean()).sum()))
+    error = _jackknife_error(signals.sum() - signals, noises.sum() - noises)
     return NoiseScale(float(signals.mean()), float(noises.mean()), error)
 
 

@@ -1,7 +1,7 @@
 """The cells of a study: each is one training, kept in a file of its own once it is done.
 
-A file appears whole or not at all, so a study that is killed loses no more than the trainings under way, and starting it
-again runs what is missing. More cells may be asked of the same folder later.
+A file appears whole or not at all, so a study that is killed loses no more than the trainings under way, and starting
+it again runs what is missing. More cells may be asked of the same folder later.
 """
 
 import json
@@ -146,17 +146,16 @@ def run_cells(
     missing = [cell for cell in cells if study.result(cell) is None]
     count = len(cells) - len(missing)
     done(count)
-    results = _in_processes if min(workers, len(missing)) > 1 else _here
-    for cell, measured in results(missing, make_runner, workers):
+    several = min(workers, len(missing)) > 1
+    results = _in_processes(missing, make_runner, workers) if several else _here(missing, make_runner)
+    for cell, measured in results:
         study.keep(cell, measured)
         count += 1
         done(count)
     return [result for cell in cells if (result := study.result(cell)) is not None]
 
 
-def _here(
-    cells: Sequence[Cell], make_runner: Callable[[], CellRunner], workers: int
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _here(cells: Sequence[Cell], make_runner: Callable[[], CellRunner]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     if cells:
         runner = make_runner()
         for cell in cells:
@@ -220,7 +219,12 @@ def _serve(connection: Connection, make_runner: Callable[[], CellRunner], number
     """What a worker does; ends at once with the process that started it, be that by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["SIMCLR_SCALE_WORKER"] = str(number)
     runner = None
     while (cell := connection.recv()) is not None:

@@ -178,7 +178,7 @@ def _of_one_task(results: Sequence[dict[str, Any]], negatives: int, criterion: C
 
 
 def _largest(rows: Sequence[dict[str, Any]], criterion: Criterion) -> int | None:
-    """The largest batch up to which no branch ends higher than the lowest of smaller ones, by more than the tolerance."""
+    """The largest batch up to which no branch ends above the lowest of smaller ones by more than the tolerance."""
     best, largest = math.inf, None
     for row in rows:
         if row["final_loss"] is None or row["final_loss"]["mean"] > best + criterion.tolerance:
