@@ -198,7 +198,7 @@ def curve(batch: int, images: int = 4096) -> list[dict[str, float]]:
     """Loss that falls with steps / (1 + 100 / batch), so that the hyperbola holds with a critical batch of 100."""
     return [
         {"step": step, "images": step * batch, "loss": 4 * float(np.exp(-step / (20 * (1 + 100 / batch))))}
-        for step in range(0, images // batch + 1)
+        for step in range(images // batch + 1)
     ]
 
 
