@@ -27,6 +27,10 @@ STUDIES = "studies"
 _OF_A_CELL = ("seed_everything", "data.seed", "data.global_batch_size", "model.learning_rate", "model.lr_scaling")
 _OF_A_START = ("workers", "output", "max_bad_steps")
 
+# Options of ``pretrain`` that mean nothing here, and groups of them that its own help shows.
+_OF_A_RUN = ("name", "runs_dir", "resume", "override", "max_bad_steps")
+_GROUPS = ("model", "data", "trainer", "knn", "checkpoint")
+
 
 class StudyRecipe(RecipeFile):
     """``--config``: a file, or the name of a study or of a recipe of ``pretrain``."""
@@ -42,15 +46,9 @@ class StudyHelp(PretrainHelp):
     shown = ("data.source", "data.root", "data.subset")
 
     def add_argument(self, action: Action) -> None:
-        group = action.dest.partition(".")[0]
-        if "." not in action.dest or group not in ("model", "data", "trainer", "knn", "checkpoint"):
-            if action.dest not in ("name", "runs_dir", "resume", "override", "max_bad_steps", *_GROUPS):
-                super().add_argument(action)
-        elif action.dest in self.shown:
+        of_a_run = action.dest in _OF_A_RUN or action.dest.partition(".")[0] in _GROUPS
+        if not of_a_run or action.dest in self.shown:
             super().add_argument(action)
-
-
-_GROUPS = ("model", "data", "trainer", "knn", "checkpoint")
 
 
 class StudyCLI(PretrainCLI):
@@ -58,9 +56,6 @@ class StudyCLI(PretrainCLI):
 
     of_the_grid: tuple[str, ...] = ()
     """Options that choose cells: a study may be asked for more of them later."""
-
-    def __init__(self, argv: list[str]) -> None:
-        super().__init__(argv)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs | {"formatter_class": StudyHelp})

@@ -82,8 +82,10 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
         assert (tmp_path / "study" / "cells" / name).stat().st_mtime_ns == then
 
 
-def test_a_checkpoint_is_branched(trained: TrainedRun, command: Command, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_a_checkpoint_is_branched(
+    trained: TrainedRun, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     checkpoint = trained.folder / "checkpoints" / "step=3.ckpt"
     outcome = command(*BRANCH, "--checkpoint", checkpoint)
     assert outcome.status == 0, outcome.err

@@ -1,5 +1,7 @@
 """The callback in real trainings."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from simclr_scale.data.datamodule import SimCLRDataModule
 from simclr_scale.errors import InputError
 from simclr_scale.models import create_encoder
 from simclr_scale.pretraining import SimCLR
+from simclr_scale.pretraining.logger import RunLogger
 from simclr_scale.scaling.noise_scale import GradientNoiseScale
 from simclr_scale.scaling.noise_scale.estimates import gram_of, probe_estimate
 from tests.gloo_pool import GlooPool
@@ -47,15 +50,18 @@ def trained(*callbacks: pl.Callback, **options: Any) -> tuple[SimCLR, Any]:
     return model, trainer
 
 
-def test_training_is_the_same_bit_by_bit() -> None:
+def test_training_is_the_same_bit_by_bit(tmp_path: Path) -> None:
     plain, _ = trained()
     for mode in ("probe", "jackknife"):
         callback = GradientNoiseScale(mode, every_n_steps=1, batches=2)
-        measured, trainer = trained(callback)
+        measured, _ = trained(callback, logger=RunLogger(tmp_path / mode))
         for key, value in plain.state_dict().items():
             assert torch.equal(value, measured.state_dict()[key]), (mode, key)
         assert [row["step"] for row in callback.history] == [0, 1, 2]
-        assert trainer.logged_metrics["noise_scale_noise"] > 0
+        with open(tmp_path / mode / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == ["0", "1", "2"]
+        assert all(float(row["noise_scale_noise"]) > 0 for row in rows)
         assert callback.facts()["noise_scale"]["mode"] == mode
 
 

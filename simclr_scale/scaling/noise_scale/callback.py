@@ -124,7 +124,7 @@ class GradientNoiseScale(SummaryFacts):
             return  # a bad step, which is another callback's to tell
         average = self._smooth.add(estimate)
         if due:
-            self._tell(trainer, pl_module, estimate, average)
+            self._tell(trainer, estimate, average)
 
     def _measure(self, trainer: Any, module: Any, batch: int) -> NoiseScale:
         loss_of = self.loss_of or contrastive_loss
@@ -166,13 +166,14 @@ class GradientNoiseScale(SummaryFacts):
             raise InputError("GradientNoiseScale: the batch size of this loader is unknown")
         return share * trainer.world_size
 
-    def _tell(self, trainer: Any, module: Any, estimate: NoiseScale, average: NoiseScale) -> None:
+    def _tell(self, trainer: Any, estimate: NoiseScale, average: NoiseScale) -> None:
         self.history.append({"step": trainer.global_step, **estimate.as_json(), "smoothed": average.simple})
         values = {"noise_scale_signal": average.signal, "noise_scale_noise": average.noise}
         if average.simple is not None:
             values["noise_scale"] = average.simple
-        # The same on every rank: they have shared their gradients.
-        module.log_dict(values)
+        # Not by the module, whose values reach a logger only at the steps that it shows.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
 
 
 class _Average:
