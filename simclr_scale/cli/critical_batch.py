@@ -87,10 +87,10 @@ def _parser() -> OneLineErrors:
     )
     parser.add_argument("-c", "--config", action=StudyRecipe, help="name of a study, or a YAML file of these options")
     parser.add_argument("--checkpoint", type=str | None, help="a checkpoint in the folder of its run")
-    parser.add_argument("--batch_sizes", type=int | str, default="64,128,256,512,1024", help="images in a step")
+    parser.add_argument("--batch_sizes", type=str | int, default="64,128,256,512,1024", help="images in a step")
     parser.add_argument(
         "--negatives",
-        type=int | str | None,
+        type=str | int | None,
         help="images of a group of negatives, one or several; default: the least batch",
     )
     parser.add_argument("--images", type=int, default=20000, help="that each branch trains on, each time one is seen")

@@ -64,7 +64,7 @@ class StudyCLI(PretrainCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--batch_sizes", type=int | str, help="images in a step, such as 64,256,1024")
+        parser.add_argument("--batch_sizes", type=str | int, help="images in a step, such as 64,256,1024")
         parser.add_argument("--seeds", type=int, default=3, help="trainings of each setting, that differ in their seed")
         parser.add_argument(
             "--workers", type=int, default=1, help="trainings at a time, each in a process (and on a GPU) of its own"
