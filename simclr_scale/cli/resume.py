@@ -125,12 +125,16 @@ def _require_writable(folder: Path) -> None:
 
 def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:
     """Keys that could change the result and differ between a run's config.yaml and a new configuration."""
-    before, after = (_flatten(yaml.safe_load(text)) for text in (saved.read_text(), now))
+    before, after = settings_of_result(saved.read_text()), settings_of_result(now)
     return [
-        (key, before.get(key), after.get(key))
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not any(key == h or key.startswith(f"{h}.") for h in _HARMLESS)
+        (key, before.get(key), after.get(key)) for key in sorted({*before, *after}) if before.get(key) != after.get(key)
     ]
+
+
+def settings_of_result(config: str) -> dict[str, Any]:
+    """The settings of a configuration in YAML that could change the result of a run, by their full keys."""
+    flat = _flatten(yaml.safe_load(config))
+    return {key: flat[key] for key in flat if not any(key == h or key.startswith(f"{h}.") for h in _HARMLESS)}
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

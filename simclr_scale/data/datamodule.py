@@ -1,5 +1,6 @@
 """The data of a pretraining run, for Lightning."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -147,6 +148,24 @@ class SimCLRDataModule(pl.LightningDataModule):
         return ViewsDataset(
             source, self.augmentation, self.image_size, self.seed, pixels, self.unreadable, self.value_range
         )
+
+    def varied(self, *, seed: int, global_batch_size: int) -> "SimCLRDataModule":
+        """The same images, opened and decoded once, in the order, draws and batches of other settings.
+
+        A subset and a seeded split stay those of this module's own seed.
+
+        Raises:
+            InputError: the batch does not fit the images.
+        """
+        if self._dataset is None:
+            self.setup()
+        assert self._dataset is not None
+        assert self.train_source is not None
+        other = copy.copy(self)
+        other.seed, other.global_batch_size, other.trainer = seed, global_batch_size, None
+        other._dataset = other.views_of(self.train_source, self._dataset.pixels)
+        other._sampler = other._make_sampler(len(self.train_source))
+        return other
 
     def batch_of(self, epoch: int, place: int, indices: Sequence[int]) -> Batch:
         """The finished views of some training images, as the batch at a place in an epoch, from 0, has them."""
