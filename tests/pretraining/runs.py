@@ -178,5 +178,6 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, data: Iterable[Any]
             **options,
         }
     )
-    trainer.fit(module, DataLoader(Pairs(), batch_size=8) if data is None else data, ckpt_path=ckpt_path)
+    loader = DataLoader(Pairs(), batch_size=8) if data is None else data
+    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer

@@ -63,17 +63,12 @@ def train(
     mine = Subset(Pairs(IMAGES), range(rank, IMAGES, world_size))
     data = options.pop("data", None) or DataLoader(mine, batch_size=BATCH // world_size)
     strategy = DDPStrategy(cluster_environment=Pool(rank, world_size), process_group_backend="gloo", **(ddp or {}))
-    ckpt = options.pop("ckpt_path", None)
-    fit = pl.Trainer.fit
-    with mock.patch.object(
-        pl.Trainer, "fit", lambda self, *args: fit(self, *args, ckpt_path=ckpt, weights_only=True if ckpt else None)
-    ):
-        settings = {"strategy": strategy, "devices": world_size, "use_distributed_sampler": False, **options}
-        settings = {"precision": "64-true", "max_epochs": 2, "log_every_n_steps": 100, **settings}
-        try:
-            return plain_fit(module, *callbacks, data=data, **settings)
-        finally:
-            torch.set_default_dtype(torch.float32)
+    settings = {"strategy": strategy, "devices": world_size, "use_distributed_sampler": False, **options}
+    settings = {"precision": "64-true", "max_epochs": 2, "log_every_n_steps": 100, **settings}
+    try:
+        return plain_fit(module, *callbacks, data=data, **settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
