@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,16 @@ STEPS_AN_EPOCH = 5
 # What is allocated once (the first evaluation, the second of the checkpoints that are kept) lies before the first look.
 WARM, END = 300, 2300
 TOLERANCE = 0.05
+# Less than one in each of the evaluations, or in each of the twenty checkpoints, between the looks.
+MORE_FILES = 3
 
 
 class Use(NamedTuple):
-    """Of one process; memory in bytes that the system has given to it alone, and shared parts by their share."""
+    """Of one process.
+
+    ``memory``: bytes of its own, and its share of what it shares with the other processes of the run. Libraries, which
+    are mapped from files, are left out: whose share they are depends on what else runs on this machine.
+    """
 
     memory: int
     files: int
@@ -29,26 +34,24 @@ class Use(NamedTuple):
 
 def use(pid: int) -> Use:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    [proportional] = [line for line in rollup if line.startswith("Pss:")]
+    own = [int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     [threads] = [line for line in status if line.startswith("Threads:")]
-    return Use(int(proportional.split()[1]) * 1024, len(os.listdir(f"/proc/{pid}/fd")), int(threads.split()[1]))
+    return Use(sum(own) * 1024, len(os.listdir(f"/proc/{pid}/fd")), int(threads.split()[1]))
 
 
-def median_use(run: TwoRanks, seconds: float = 4.0) -> dict[str, Use]:
-    """By name of the process, over some seconds: what a step or a checkpoint takes for a moment is no leak."""
-    looks: dict[str, list[Use]] = {}
+def lowest_use(run: TwoRanks, seconds: float = 8.0) -> dict[str, Use]:
+    """By name of the process, over some seconds: a batch on its way holds memory and a file, and is no leak."""
+    pids = {f"rank {rank}": run.rank(rank) for rank in (0, 1)}
+    for rank in (0, 1):
+        pids |= {f"worker {number} of rank {rank}": pid for number, pid in enumerate(sorted(run.workers(rank)))}
+    looks: dict[str, list[Use]] = {name: [] for name in pids}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for rank in (0, 1):
-            looks.setdefault(f"rank {rank}", []).append(use(run.rank(rank)))
-            for number, pid in enumerate(sorted(run.workers(rank))):
-                with suppress(FileNotFoundError):  # one that ended with its epoch
-                    looks.setdefault(f"worker {number} of rank {rank}", []).append(use(pid))
-    return {
-        name: Use(*(sorted(values)[len(values) // 2] for values in zip(*of_one, strict=True)))
-        for name, of_one in looks.items()
-    }
+        for name, pid in pids.items():
+            looks[name].append(use(pid))
+        time.sleep(0.01)
+    return {name: Use(*map(min, zip(*of_one, strict=True))) for name, of_one in looks.items()}
 
 
 def test_memory_files_and_threads_stay(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,9 +60,9 @@ def test_memory_files_and_threads_stay(images: Path, tmp_path: Path, capsys: pyt
     folder = tmp_path / "x" / "checkpoints"
     with two_ranks(arguments(images, tmp_path, "x", *options, *epochs, "--checkpoint.keep", "1000")) as run:
         run.reach(folder / f"step={WARM}.ckpt")
-        before = median_use(run)
+        before = lowest_use(run)
         run.reach(folder / f"step={END}.ckpt")
-        after = median_use(run)
+        after = lowest_use(run)
         run.process.terminate()
         run.process.communicate()
     assert run.process.returncode == 143
@@ -70,5 +73,6 @@ def test_memory_files_and_threads_stay(images: Path, tmp_path: Path, capsys: pyt
     assert before.keys() == after.keys()
     for name, first in before.items():
         last = after[name]
-        assert abs(last.memory / first.memory - 1) < TOLERANCE, name
-        assert (last.files, last.threads) == (first.files, first.threads), name
+        assert last.memory / first.memory - 1 < TOLERANCE, name
+        assert last.files <= first.files + MORE_FILES, name
+        assert last.threads == first.threads, name

@@ -209,9 +209,9 @@ class Watch:
         judged_here = exchange is not None and exchange.verdict is None
         if exchange is not None and judged_here:
             exchange.publish(loss.encode())
-        # One line from each machine.
-        speakers = [r for r, h in neighbours.items() if h.pulse.state == RUNNING and r not in loss.ranks]
-        if self.pulse.rank < min(speakers, default=self.size):
+        # One line from each machine, and from a rank to blame only where it is alone there.
+        here = [self.pulse.rank, *(rank for rank, h in neighbours.items() if h.pulse.state == RUNNING)]
+        if self.pulse.rank == min([rank for rank in here if rank not in loss.ranks] or here):
             _attempt(lambda: self.say(loss.reason))
         _attempt(self.tidy)
         kill_own_workers()
