@@ -124,6 +124,14 @@ def memory() -> dict[str, dict[str, int]]:
     }
 
 
+def _kept_peaks(folder: Path) -> dict[str, dict[str, int]]:
+    file = folder / "peaks.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(memory(), indent=2))
+    return json.loads(file.read_text())
+
+
 def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
     import matplotlib
 
@@ -164,7 +172,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     trained = 0
     settings = settings_of(arguments.study, arguments.ranks)
-    peaks = memory() if arguments.study == "stages" else {}
+    peaks = _kept_peaks(arguments.folder) if arguments.study == "stages" else {}
     for name, options in settings.items():
         rows[name] = {"knn_top1": []}
         if arguments.study == "stages":
@@ -184,6 +192,7 @@ def main() -> None:
                 f"--data.subset={arguments.subset}",
                 f"--data.global_batch_size={arguments.batch}",
                 f"--trainer.max_epochs={arguments.epochs}",
+                "--checkpoint.every_n_epochs=1",
                 f"--seed_everything={seed}",
             )
             rows[name]["knn_top1"].append(summary["knn_top1"]["trained"])
