@@ -124,6 +124,14 @@ def memory() -> dict[str, dict[str, int]]:
     }
 
 
+def _kept_peaks(folder: Path) -> dict[str, dict[str, int]]:
+    file = folder / "peaks.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(memory(), indent=2))
+    return json.loads(file.read_text())
+
+
 def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
     import matplotlib
 
@@ -147,8 +155,8 @@ def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["periods", "stages"])
-    parser.add_argument("--source", required=True, help="CIFAR-10, as data.source")
+    parser.add_argument("study", choices=["periods", "stages", "memory"], help="memory: of stages, without training")
+    parser.add_argument("--source", help="CIFAR-10, as data.source")
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--subset", type=int, default=5_000, help="training images")
@@ -163,8 +171,10 @@ def main() -> None:
 
     rows: dict[str, dict[str, Any]] = {}
     trained = 0
-    settings = settings_of(arguments.study, arguments.ranks)
-    peaks = memory() if arguments.study == "stages" else {}
+    if arguments.study != "memory" and arguments.source is None:
+        raise SystemExit("--source is needed to train: CIFAR-10, as data.source")
+    settings = settings_of(arguments.study, arguments.ranks) if arguments.study != "memory" else {}
+    peaks = _kept_peaks(arguments.folder) if arguments.study != "periods" else {}
     for name, options in settings.items():
         rows[name] = {"knn_top1": []}
         if arguments.study == "stages":
@@ -184,6 +194,7 @@ def main() -> None:
                 f"--data.subset={arguments.subset}",
                 f"--data.global_batch_size={arguments.batch}",
                 f"--trainer.max_epochs={arguments.epochs}",
+                "--checkpoint.every_n_epochs=1",
                 f"--seed_everything={seed}",
             )
             rows[name]["knn_top1"].append(summary["knn_top1"]["trained"])
@@ -198,7 +209,7 @@ def main() -> None:
 
 
 def finish(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]], peaks: dict[str, dict[str, int]]) -> None:
-    (first, base), *others = rows.items()
+    (first, base), *others = rows.items() or [("", {})]
     claims = []
     if arguments.study == "periods":
         for name, row in others:
@@ -233,7 +244,8 @@ def finish(arguments: argparse.Namespace, rows: dict[str, dict[str, Any]], peaks
         "environment": environment(),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    plot(arguments.output.with_suffix(".png"), arguments.study, rows)
+    if rows:
+        plot(arguments.output.with_suffix(".png"), arguments.study, rows)
     missed = [claim.name for claim in claims if not claim.holds]
     for claim in claims:
         print(f"{claim.name}: {claim.ours:.4g} beside {claim.peer:.4g} {claim.unit}, x{claim.ratio:.3g}")
