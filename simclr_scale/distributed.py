@@ -3,6 +3,7 @@
 Everything here works on one process without an initialised group, and on gloo (CPU) as on NCCL (GPU).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,18 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
+
+
+def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replaces tensors by their sums over all ranks, without gradient, in one message for each type of number."""
+    if world(group).size == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(flat, group=group)
+        for tensor, summed in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(summed.view(tensor.shape))
 
 
 def require_equal_across_ranks(value: int, what: str, group: dist.ProcessGroup | None = None) -> None:

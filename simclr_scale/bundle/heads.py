@@ -110,6 +110,7 @@ def _head_of_checkpoint(checkpoint: Mapping[str, Any], where: str) -> Projection
         "hidden_features": shapes[0][0],
         "out_features": shapes[-1][0],
         "num_layers": len(shapes),
+        "last_norm": f"layers.{len(shapes) - 1}.1.weight" in weights,
     }
     return _head(arguments, weights, where)
 

@@ -3,26 +3,17 @@
 from typing import Literal
 
 from simclr_scale.bundle import encoder_config, load_classifier, load_encoder, require_new_folder, save_encoder
-from simclr_scale.cli.evaluate import EvaluationData, _device, _open
+from simclr_scale.cli.evaluated import EvaluationData, check_before_work, chosen_device, open_evaluated, run_on_data
 from simclr_scale.cli.finetune import facts_of
-from simclr_scale.cli.parsing import OneLineErrors
 from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
-from simclr_scale.errors import InputError
-from simclr_scale.evaluation import TrainedClassifier, evaluate_distil, require_new_file
+from simclr_scale.evaluation import TrainedClassifier, evaluate_distil
 from simclr_scale.evaluation.distil import ALPHA, BATCH_SIZE, EPOCHS, LEARNING_RATE
 
 
 def main(argv: list[str]) -> None:
     """``simclr-scale distil``."""
-    parser = OneLineErrors(
-        prog="simclr-scale distil",
-        usage="%(prog)s --encoder TEACHER --data.source SOURCE --save FOLDER [options]",
-        description=(run_distil.__doc__ or "").splitlines()[0],
-    )
-    parser.add_function_arguments(run_distil, as_group=False)
-    arguments = vars(parser.parse_args(argv))
-    run_distil(data=EvaluationData(**vars(arguments.pop("data"))), **arguments)
+    run_on_data("distil", run_distil, "--encoder TEACHER --data.source SOURCE --save FOLDER [options]", argv)
 
 
 def run_distil(
@@ -65,14 +56,11 @@ def run_distil(
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
     """
-    if output is not None:
-        require_new_file(output)
+    check_before_work(output, batch_size)
     require_new_folder(save)
-    if batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
     teacher, _ = load_classifier(encoder)
     learner = None if student is None else load_encoder(student)[0]
-    _, transform, train, test = _open(encoder, data)
+    _, transform, train, test = open_evaluated(encoder, data)
     encoder_config(teacher.encoder if learner is None else learner, transform)  # what cannot be saved is told now
     made: list[TrainedClassifier] = []
     with launched_ranks() as ranks, killed_workers_explained():
@@ -93,7 +81,7 @@ def run_distil(
             seed=seed,
             batch_size=batch_size,
             num_workers=data.workers(train),
-            device=_device(device),
+            device=chosen_device(device),
             spec=encoder,
             student_spec=student or "",
             keep=made.append,

@@ -2,17 +2,12 @@
 
 from simclr_scale.bundle import load_encoder
 from simclr_scale.bundle.export import ExportFormat, export_encoder
-from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.parsing import parser_of
 
 
 def main(argv: list[str]) -> None:
     """``simclr-scale export``."""
-    parser = OneLineErrors(
-        prog="simclr-scale export",
-        usage="%(prog)s --encoder ENCODER --format FORMAT --output PATH",
-        description=(run_export.__doc__ or "").splitlines()[0],
-    )
-    parser.add_function_arguments(run_export, as_group=False)
+    parser = parser_of("export", run_export, "--encoder ENCODER --format FORMAT --output PATH")
     run_export(**vars(parser.parse_args(argv)))
 
 

@@ -3,8 +3,7 @@
 from typing import Any, Literal
 
 from simclr_scale.bundle import encoder_config, load_head, require_new_folder, save_encoder
-from simclr_scale.cli.evaluate import EvaluationData, _device, _open
-from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.evaluated import EvaluationData, check_before_work, chosen_device, open_evaluated, run_on_data
 from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
@@ -14,21 +13,13 @@ from simclr_scale.evaluation import (
     Manifest,
     TrainedClassifier,
     evaluate_finetune,
-    require_new_file,
 )
 from simclr_scale.models import ProjectionHead
 
 
 def main(argv: list[str]) -> None:
     """``simclr-scale finetune``."""
-    parser = OneLineErrors(
-        prog="simclr-scale finetune",
-        usage="%(prog)s --encoder ENCODER --data.source SOURCE [options]",
-        description=(run_finetune.__doc__ or "").splitlines()[0],
-    )
-    parser.add_function_arguments(run_finetune, as_group=False)
-    arguments = vars(parser.parse_args(argv))
-    run_finetune(data=EvaluationData(**vars(arguments.pop("data"))), **arguments)
+    run_on_data("finetune", run_finetune, "--encoder ENCODER --data.source SOURCE [options]", argv)
 
 
 def run_finetune(
@@ -72,17 +63,14 @@ def run_finetune(
         output: file of the JSON manifest; must not exist.
         allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    if output is not None:
-        require_new_file(output)
-    if batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
+    check_before_work(output, batch_size)
     draws = LabelBudget.parse(labels).seeds(seeds, seed)
     if save is not None:
         require_new_folder(save)
         if len(draws) > 1:
             raise InputError(f"--save: {len(draws)} draws of labels make as many networks; wanted one draw, --seeds 1")
     layer = PROTOCOLS[protocol].from_head_layer if from_head_layer is None else from_head_layer
-    module, transform, train, test = _open(encoder, data)
+    module, transform, train, test = open_evaluated(encoder, data)
     if save is not None:
         encoder_config(module, transform)  # an encoder that cannot be saved is told before the work
     tuned: list[TrainedClassifier] = []
@@ -105,7 +93,7 @@ def run_finetune(
             seed=seed,
             batch_size=batch_size,
             num_workers=data.workers(train),
-            device=_device(device),
+            device=chosen_device(device),
             spec=encoder,
             allow_missing_classes=allow_missing_classes,
             keep=tuned.append if save is not None else None,

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simclr_scale.bundle import ImageTransform
-from simclr_scale.cli.evaluate import EvaluationData, _device, _open
-from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.evaluated import EvaluationData, check_before_work, chosen_device, open_evaluated, run_on_data
 from simclr_scale.data.augmentation import Augmentation, Preset, resolve
-from simclr_scale.data.sources import Source, open_source
-from simclr_scale.data.sources.grey import PICTURE_CHANNELS
+from simclr_scale.data.sources import Source
 from simclr_scale.data.sources.joined import JoinedSource
 from simclr_scale.data.subsets import take_subset
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation import evaluate_health, require_new_file
+from simclr_scale.evaluation import evaluate_health
 
 _SMALL_IMAGE = 64
 
@@ -47,7 +45,7 @@ class HealthData(EvaluationData):
 
     def open(self, channels: int = 3, arrays: bool = False) -> tuple[Source, Source]:
         """The train part, of which a range of values is measured, and the images to judge by."""
-        train = self._part("train", channels, arrays)
+        train = self.part("train", channels, arrays)
         judged = self._judged(train, channels, arrays)
         return train, take_subset(judged, min(self.max_images, len(judged)), self.seed)
 
@@ -55,7 +53,7 @@ class HealthData(EvaluationData):
         if self.images == "train":
             return train
         try:
-            test = self._part("test", channels, arrays)
+            test = self.part("test", channels, arrays)
         except InputError:
             # Without labels and a split of its own, a data set is all train.
             if self.images == "test" or (train.labels >= 0).any() or self.test_split is not None:
@@ -63,34 +61,10 @@ class HealthData(EvaluationData):
             return train
         return JoinedSource([train, test]) if self.images == "all" else test
 
-    def _part(self, split: Literal["train", "test"], channels: int, arrays: bool) -> Source:
-        return open_source(
-            self.source,
-            root=self.root,
-            split=split,
-            train_split=self.train_split,
-            test_split=self.test_split,
-            image_key=self.image_key,
-            label_key=self.label_key,
-            seed=self.seed,
-            channels=channels,
-            arrays=arrays or channels not in PICTURE_CHANNELS,
-            channel_axis=self.channel_axis,
-            patch_size=self.patch_size,
-        )
-
 
 def main(argv: list[str]) -> None:
     """``simclr-scale health``."""
-    parser = OneLineErrors(
-        prog="simclr-scale health",
-        usage="%(prog)s --encoder ENCODER --data.source SOURCE [options]",
-        description=(run_health.__doc__ or "").splitlines()[0],
-    )
-    parser.add_function_arguments(run_health, as_group=False)
-    arguments = vars(parser.parse_args(argv))
-    data = HealthData(**vars(arguments.pop("data")))
-    run_health(data=data, **arguments)
+    run_on_data("health", run_health, "--encoder ENCODER --data.source SOURCE [options]", argv, HealthData)
 
 
 def run_health(
@@ -112,21 +86,18 @@ def run_health(
         device: cpu, cuda, mps; auto takes the best there is.
         output: file of the JSON manifest; must not exist.
     """
-    if output is not None:
-        require_new_file(output)
-    if batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
-    module, transform, _, images = _open(encoder, data)
+    check_before_work(output, batch_size)
+    module, transform, _, images = open_evaluated(encoder, data)
     with killed_workers_explained():
         report = evaluate_health(
             module,
             transform,
             images,
-            _augmentation(transform, preset),
+            augmentation_for(transform, preset),
             seed=data.seed,
             batch_size=batch_size,
             num_workers=data.workers(images),
-            device=_device(device),
+            device=chosen_device(device),
             spec=encoder,
         )
     report.print_table()
@@ -134,7 +105,7 @@ def run_health(
         report.write(output)
 
 
-def _augmentation(transform: ImageTransform, preset: Preset | None) -> Augmentation:
+def augmentation_for(transform: ImageTransform, preset: Preset | None) -> Augmentation:
     """The one of that name, or the one for images such as the encoder takes."""
     if preset is None:
         small = max(transform.config["input_size"][1:]) <= _SMALL_IMAGE

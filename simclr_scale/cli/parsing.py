@@ -2,7 +2,7 @@
 
 import re
 from argparse import SUPPRESS, Action
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, NoReturn
 
@@ -61,6 +61,17 @@ class OneLineErrors(ArgumentParser):
         close = [synonym] if synonym else get_close_matches(key, known, n=2, cutoff=0.75)
         hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all"
         return f"there is no option {key}; {hint}"
+
+
+def parser_of(command: str, function: Callable[..., None], usage: str, skip: Collection[str] = ()) -> OneLineErrors:
+    """The options of a command are the arguments of a function, but for those to skip; its docstring is their help."""
+    parser = OneLineErrors(
+        prog=f"simclr-scale {command}",
+        usage=f"%(prog)s {usage}",
+        description=(function.__doc__ or "").splitlines()[0],
+    )
+    parser.add_function_arguments(function, as_group=False, skip=set(skip))
+    return parser
 
 
 class ShortHelp(DefaultHelpFormatter):

@@ -4,9 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_scale.cli.evaluate import EvaluationData, _device, _open
-from simclr_scale.cli.health import _augmentation
-from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.evaluated import EvaluationData, chosen_device, open_evaluated
+from simclr_scale.cli.health import augmentation_for
+from simclr_scale.cli.parsing import parser_of
 from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import killed_workers_explained
 from simclr_scale.errors import InputError
@@ -23,11 +23,8 @@ _EVALUATIONS, _FEATURES = "evaluations", "features"
 
 def main(argv: list[str]) -> None:
     """``simclr-scale scorecard``."""
-    parser = OneLineErrors(
-        prog="simclr-scale scorecard",
-        usage="%(prog)s --encoder ENCODER [--encoder ENCODER ...] --data.source SOURCE --output FOLDER [options]",
-        description=(run_scorecard.__doc__ or "").splitlines()[0],
-    )
+    usage = "--encoder ENCODER [--encoder ENCODER ...] --data.source SOURCE --output FOLDER [options]"
+    parser = parser_of("scorecard", run_scorecard, usage, skip={"encoders"})
     parser.add_argument(
         "--encoder",
         action="append",
@@ -35,7 +32,6 @@ def main(argv: list[str]) -> None:
         help="a run, a bundle, a .ckpt file, timm:NAME, hf-hub:ID, random:NAME, pixels:SIZE or histogram:BINS; "
         "of several, the others are compared with the first",
     )
-    parser.add_function_arguments(run_scorecard, as_group=False, skip={"encoders"})
     arguments = vars(parser.parse_args(argv))
     data = EvaluationData(**vars(arguments.pop("data")))
     run_scorecard(arguments.pop("encoder"), data, **arguments)
@@ -105,8 +101,8 @@ def run_scorecard(
     if repeated:
         raise InputError(f"--encoder {repeated[0]} is given twice")
     with launched_ranks() as ranks, killed_workers_explained():
-        there = _device(device)
-        entrants = [Entrant(spec, *_open(spec, data)) for spec in encoders]
+        there = chosen_device(device)
+        entrants = [Entrant(spec, *open_evaluated(spec, data)) for spec in encoders]
         _require_same_images(entrants)
         protocol = Protocol(
             k,
@@ -172,7 +168,7 @@ def _require_no_card(folder: Path) -> None:
 def _require_same_images(entrants: list[Entrant]) -> None:
     first, *others = entrants
     for other in others:
-        if other.test.fingerprint() != first.test.fingerprint():
+        if other.images[1] != first.images[1]:
             raise InputError(
                 f"--encoder {other.spec} takes other test images than {first.spec}, "
                 "so there is nothing to compare: give each a scorecard of its own"
@@ -184,7 +180,7 @@ def _health(entrant: Entrant, data: EvaluationData, work: Work) -> HealthReport:
         entrant.encoder,
         entrant.transform,
         entrant.test,
-        _augmentation(entrant.transform, None),
+        augmentation_for(entrant.transform, None),
         seed=data.seed,
         batch_size=work.batch_size,
         num_workers=work.num_workers,

@@ -1,12 +1,12 @@
 """``simclr-scale transfer``: encoders on the data sets of a suite."""
 
 from simclr_scale.bundle import load_encoder
-from simclr_scale.cli.evaluate import _device
-from simclr_scale.cli.parsing import OneLineErrors
+from simclr_scale.cli.evaluated import check_before_work, chosen_device
+from simclr_scale.cli.parsing import parser_of
 from simclr_scale.cli.ranks import launched_ranks
 from simclr_scale.data.workers import default_workers, killed_workers_explained
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation import LabelBudget, require_new_file
+from simclr_scale.evaluation import LabelBudget
 from simclr_scale.evaluation.suites import load_suite
 from simclr_scale.evaluation.transfer import TransferResult, plan_transfer
 from simclr_scale.evaluation.transfer_report import TransferReport
@@ -14,12 +14,7 @@ from simclr_scale.evaluation.transfer_report import TransferReport
 
 def main(argv: list[str]) -> None:
     """``simclr-scale transfer``."""
-    parser = OneLineErrors(
-        prog="simclr-scale transfer",
-        usage="%(prog)s --encoder ENCODER --suite SUITE [options]",
-        description=(run_transfer.__doc__ or "").splitlines()[0],
-    )
-    parser.add_function_arguments(run_transfer, as_group=False, skip={"encoder"})
+    parser = parser_of("transfer", run_transfer, "--encoder ENCODER --suite SUITE [options]", skip={"encoder"})
     parser.add_argument(
         "--encoder",
         action="append",
@@ -61,10 +56,7 @@ def run_transfer(
         cache: folder in which features and fits are kept, so that a call that was killed goes on.
         allow_missing_classes: goes on where a class has no training or no test image; see the note in the manifest.
     """
-    if output is not None:
-        require_new_file(output)
-    if batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {batch_size}")
+    check_before_work(output, batch_size)
     if num_workers is not None and num_workers < 0:
         raise InputError(f"--num_workers must be 0 or above, got {num_workers}")
     twice = next((spec for spec in encoder if encoder.count(spec) > 1), None)
@@ -95,7 +87,7 @@ def run_transfer(
                 loaded[spec][0],
                 batch_size=batch_size,
                 num_workers=default_workers() if num_workers is None else num_workers,
-                device=_device(device),
+                device=chosen_device(device),
                 spec=spec,
                 cache=cache,
             )

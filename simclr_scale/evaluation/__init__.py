@@ -7,7 +7,6 @@ from simclr_scale.evaluation.features import (
     extract_features,
     gather_features,
     image_loader,
-    source_features,
 )
 from simclr_scale.evaluation.few_labels import (
     FewLabelScore,
@@ -30,6 +29,7 @@ from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.probes import GridProbe, ProbeSetting, TrainedProbes, probe_grid, train_probes
 from simclr_scale.evaluation.ranking import mean_auc, voc2007_map
 from simclr_scale.evaluation.scorecard import Contestant, Evaluated, Scorecard, Task
+from simclr_scale.evaluation.shared_features import source_features
 from simclr_scale.evaluation.suites import Suite, SuiteEntry, load_suite
 from simclr_scale.evaluation.tasks import evaluate_knn, evaluate_linear
 from simclr_scale.evaluation.transfer import TransferResult, evaluate_transfer

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from simclr_scale.bundle import ImageTransform
 from simclr_scale.data.sources import Source
-from simclr_scale.distributed import world
+from simclr_scale.distributed import sum_in_place, world
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.augmented_images import (
     AugmentedImages,
@@ -30,7 +30,6 @@ from simclr_scale.evaluation.augmented_images import (
     check_crops,
     check_labelled,
     check_training,
-    sum_over_ranks,
 )
 from simclr_scale.evaluation.classifier import LinearClassifier
 from simclr_scale.evaluation.features import evaluating
@@ -126,11 +125,11 @@ def augmented_probe(
             loss = F.cross_entropy(head(features), target_of[index].to(there), reduction="sum") / size
             optimizer.zero_grad()
             loss.backward()
-            sum_over_ranks([weight.grad for weight in head.parameters() if weight.grad is not None], ranks, group)
+            sum_in_place([weight.grad for weight in head.parameters() if weight.grad is not None], group)
             optimizer.step()
             total += loss.detach()
             if (step + 1) % each_epoch == 0:
-                sum_over_ranks([total], ranks, group)
+                sum_in_place([total], group)
                 losses.append(float(total) / each_epoch)
                 total.zero_()
                 if not math.isfinite(losses[-1]):

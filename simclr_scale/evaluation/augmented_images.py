@@ -108,13 +108,6 @@ def unreadable_images(
     return unreadable
 
 
-def sum_over_ranks(tensors: Sequence[torch.Tensor], ranks: World, group: dist.ProcessGroup | None) -> None:
-    """Replaces each tensor by its sum over the ranks."""
-    if ranks.size > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
-
-
 def check_labelled(source: Source, indices: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """The images to train on, (n,) (of None: all labelled ones), and their classes, ascending.
 

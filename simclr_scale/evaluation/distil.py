@@ -287,7 +287,11 @@ def evaluate_distil(
             "losses": list(trained.losses),
             **used,
         },
-        warnings=left_out(unreadable, len(train_source), "training") + left_out(untested, len(test_indices), "test"),
+        warnings=(
+            *left_out(unreadable, len(train_source), "training"),
+            *left_out(untested, len(test_indices), "test"),
+            *settings.warnings(len(chosen)),
+        ),
         outcome=Outcome(read.numpy(), test_labels, (answers[0],)),
     )
 

@@ -10,7 +10,7 @@ no image is held out.
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -75,48 +75,53 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 }
 
 
-def finetune_settings(
-    protocol: ProtocolName = "v1",
-    *,
-    head: ProjectionHead | None = None,
-    from_head_layer: int | None = None,
-    optimizer: OptimizerName | None = None,
-    learning_rate: float | None = None,
-    weight_decay: float = 0.0,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    share: float = 1.0,
-) -> tuple[TrainingSettings, int]:
-    """The settings of a protocol, with what is not None in their place, and the layer of the head.
+@dataclass(frozen=True)
+class Choices:
+    """A protocol, and what a caller wants otherwise; None: as the protocol has it."""
 
-    Args:
-        share: of the labelled images that are used, which the epochs of v1 follow.
+    protocol: ProtocolName = "v1"
+    head: ProjectionHead | None = None
+    from_head_layer: int | None = None
+    optimizer: OptimizerName | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    epochs: int | None = None
+    batch_size: int | None = None
 
-    Raises:
-        InputError: an unknown protocol, a setting out of range, or a layer that the head does not have.
-    """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol: {protocol!r}, wanted {' or '.join(PROTOCOLS)}")
-    published = PROTOCOLS[protocol]
-    optimizer = published.optimizer if optimizer is None else optimizer
-    if optimizer not in LEARNING_RATES:
-        raise InputError(f"optimizer: {optimizer!r}, wanted sgd or lars")
-    layer = published.from_head_layer if from_head_layer is None else from_head_layer
-    if from_head_layer is None and layer and head is None:
-        raise InputError(
-            f"protocol: {protocol} starts from layer {layer} of the projection head, and there is none; "
-            "give from_head_layer 0 to start from the features"
+    def settled(self, share: float = 1.0) -> tuple[TrainingSettings, int]:
+        """The settings, and the layer of the head.
+
+        Args:
+            share: of the labelled images that are used, which the epochs of v1 follow.
+
+        Raises:
+            InputError: an unknown protocol, a setting out of range, or a layer that the head does not have.
+        """
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"protocol: {self.protocol!r}, wanted {' or '.join(PROTOCOLS)}")
+        published = PROTOCOLS[self.protocol]
+        optimizer = published.optimizer if self.optimizer is None else self.optimizer
+        if optimizer not in LEARNING_RATES:
+            raise InputError(f"optimizer: {optimizer!r}, wanted sgd or lars")
+        settings = TrainingSettings(
+            optimizer=optimizer,
+            learning_rate=LEARNING_RATES[optimizer] if self.learning_rate is None else self.learning_rate,
+            epochs=published.epochs(share) if self.epochs is None else self.epochs,
+            batch_size=published.batch_size if self.batch_size is None else self.batch_size,
+            weight_decay=self.weight_decay,
         )
-    check_head_layer(head, layer)
-    settings = TrainingSettings(
-        optimizer=optimizer,
-        learning_rate=LEARNING_RATES[optimizer] if learning_rate is None else learning_rate,
-        epochs=published.epochs(share) if epochs is None else epochs,
-        batch_size=published.batch_size if batch_size is None else batch_size,
-        weight_decay=weight_decay,
-    )
-    settings.check()
-    return settings, layer
+        settings.check()
+        return settings, self._layer(published)
+
+    def _layer(self, published: Protocol) -> int:
+        layer = published.from_head_layer if self.from_head_layer is None else self.from_head_layer
+        if self.from_head_layer is None and layer and self.head is None:
+            raise InputError(
+                f"protocol: {self.protocol} starts from layer {layer} of the projection head, and there is none; "
+                "give from_head_layer 0 to start from the features"
+            )
+        check_head_layer(self.head, layer)
+        return layer
 
 
 def fine_tune(
@@ -172,17 +177,8 @@ def fine_tune(
     """
     check_crops(transform)
     chosen, classes = check_labelled(source, indices)
-    settings, layer = finetune_settings(
-        protocol,
-        head=head,
-        from_head_layer=from_head_layer,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        epochs=epochs,
-        batch_size=batch_size,
-        share=len(chosen) / int((source.labels >= 0).sum()),
-    )
+    choices = Choices(protocol, head, from_head_layer, optimizer, learning_rate, weight_decay, epochs, batch_size)
+    settings, layer = choices.settled(share=len(chosen) / int((source.labels >= 0).sum()))
     names = [source.classes[label] for label in classes]
     width = features_of(encoder, transform)
     network = ImageClassifier(deepcopy(encoder), ClassificationHead(width, names, head, layer))
@@ -268,20 +264,14 @@ def evaluate_finetune(
     """
     check_crops(transform)
     square = cast(ImageTransform, transform)  # checked above
-    overrides: dict[str, Any] = {
-        "head": head,
-        "from_head_layer": from_head_layer,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "epochs": epochs,
-        "batch_size": finetune_batch_size,
-    }
-    finetune_settings(protocol, **overrides)
+    choices = Choices(
+        protocol, head, from_head_layer, optimizer, learning_rate, weight_decay, epochs, finetune_batch_size
+    )
+    choices.settled()
     chosen = Chosen.of(train_source, labels, seeds, seed, label_selection)
     pair = LabelledPair.of(train_source, test_source, chosen.union(), allow_missing_classes)
     share = max(len(pair.rows(selection)) for selection in chosen.selections) / int((train_source.labels >= 0).sum())
-    settings, layer = finetune_settings(protocol, **overrides, share=share)
+    settings, layer = choices.settled(share)
     features_of(encoder, square)
     pair = pair.without(unreadable_images(train_source, pair.train_indices, num_workers, group))
 
@@ -301,8 +291,7 @@ def evaluate_finetune(
                 square,
                 train_source,
                 pair.train_indices[rows],
-                protocol=protocol,
-                **{**overrides, "epochs": settings.epochs},
+                **vars(replace(choices, epochs=settings.epochs)),
                 seed=selection.seed,
                 num_workers=num_workers,
                 device=device,
@@ -339,4 +328,5 @@ def evaluate_finetune(
         settings={"protocol": protocol, "from_head_layer": layer, **settings.record(), "seed": seed},
         details=details,
         answers=answers,
+        warnings=settings.warnings(max(len(pair.rows(selection)) for selection in chosen.selections)),
     )

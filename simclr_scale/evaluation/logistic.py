@@ -13,6 +13,7 @@ regularisation. Three changes of variable, each exact, take that away:
 Shapes: n images, D features, C classes; E = D + 1 coordinates, the principal axes and a constant 1 for the bias.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ class Fit:
     converged: bool
 
 
-class _Regression:
+class _Regression(ABC):
     """Features (n, D) float64 in the coordinates above, prepared once to be fitted at any number of strengths."""
 
     def __init__(self, features: torch.Tensor, num_classes: int) -> None:
@@ -78,13 +79,13 @@ class _Regression:
         converged = bool(np.abs(result.jac).max() <= _GRADIENT_TOLERANCE)
         return Fit(weight, bias, loss=float(result.fun), iterations=int(result.nit), converged=converged)
 
+    @abstractmethod
     def _objective(self, parameters_CE: torch.Tensor, penalty_E: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The value and its gradient (C, E)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _curvature(self, parameters_CE: torch.Tensor) -> torch.Tensor:
         """Of each class, (C, 1)."""
-        raise NotImplementedError
 
     def _to_axes(self, fit: Fit | None) -> torch.Tensor:
         if fit is None:

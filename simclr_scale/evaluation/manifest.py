@@ -238,6 +238,10 @@ def _brief(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_brief(part)}" for key, part in value.items())
-    if isinstance(value, list) and isinstance(value[0], float):
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) == 1 and isinstance(value[0], int | float | str):
+        return _brief(value[0])
+    if value and isinstance(value[0], float):
         return f"{len(value)} from {min(value):.4g} to {max(value):.4g}"
-    return f"{len(value)} in the file" if isinstance(value, list) else str(value)
+    return f"{len(value)} in the file"

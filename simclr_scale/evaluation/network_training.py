@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from simclr_scale.data.sources import Source
-from simclr_scale.distributed import convert_global_batch_norm, world
+from simclr_scale.distributed import convert_global_batch_norm, sum_in_place, world
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation.augmented_images import AugmentedImages, Batches, check_training, sum_over_ranks
-from simclr_scale.evaluation.features import Transform, source_features
+from simclr_scale.evaluation.augmented_images import AugmentedImages, Batches, check_training
+from simclr_scale.evaluation.features import Transform
+from simclr_scale.evaluation.shared_features import source_features
 from simclr_scale.models import ImageClassifier
 from simclr_scale.optim import LARS, param_groups, scaled_learning_rate, warmup_cosine
 
@@ -28,6 +29,10 @@ _SCALING: dict[OptimizerName, Literal["linear", "sqrt"]] = {"sgd": "linear", "la
 
 LossOfBatch = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (b, C), images (b, channels, H, W) on the device, indices (b,)) -> the sum of the losses, a scalar."""
+
+
+# The published 60 epochs of 1% of ImageNet are 3,000 steps.
+_FEW_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,17 @@ class TrainingSettings:
         settings = {**asdict(self), "peak_learning_rate": rule[_SCALING[self.optimizer]]}
         settings["finetune_batch_size"] = settings.pop("batch_size")
         return settings | {"schedule": "cosine", "augmentation": "random resized crop, flip"}
+
+    def warnings(self, images: int) -> tuple[str, ...]:
+        """That so many images and epochs make too few steps for the rate to matter, where they do."""
+        batch = min(self.batch_size, images)
+        steps = self.epochs * (images // batch)
+        if steps >= _FEW_STEPS:
+            return ()
+        return (
+            f"trained for {steps} steps in all, {batch} of {images:,} images a step: few for a whole network, whose "
+            "score may be below that of a linear classifier; a smaller finetune_batch_size or more epochs make more",
+        )
 
     def make_optimizer(self, network: ImageClassifier, batch_size: int) -> torch.optim.Optimizer:
         """At its peak rate. Google's LARS leaves the supervised layer out, by name, from decay and from adaptation."""
@@ -132,11 +148,11 @@ def train_network(
             loss = loss_of(network(pictures), pictures, index) / size
             optimizer.zero_grad()
             loss.backward()
-            _sum_gradients(trained, ranks.size, group)
+            sum_in_place([weight.grad for weight in trained if weight.grad is not None], group)
             optimizer.step()
             total += loss.detach()
             if (step + 1) % each_epoch == 0:
-                sum_over_ranks([total], ranks, group)
+                sum_in_place([total], group)
                 losses.append(float(total) / each_epoch)
                 total.zero_()
                 if not math.isfinite(losses[-1]):
@@ -183,19 +199,6 @@ def classify_images(
         group=group,
     )
     return logits.argmax(dim=1), read
-
-
-def _sum_gradients(parameters: list[nn.Parameter], ranks: int, group: dist.ProcessGroup | None) -> None:
-    """Replaces the gradients by their sums over the ranks, in one message for each type of number."""
-    if ranks == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in alike])
-        dist.all_reduce(flat, group=group)
-        for gradient, summed in zip(alike, flat.split([gradient.numel() for gradient in alike]), strict=True):
-            gradient.copy_(summed.view(gradient.shape))
 
 
 @contextmanager

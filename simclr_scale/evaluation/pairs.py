@@ -13,11 +13,12 @@ from torch import nn
 from simclr_scale.data.sources import Source
 from simclr_scale.data.sources.base import targets_of
 from simclr_scale.errors import InputError
-from simclr_scale.evaluation.features import Transform, source_features
+from simclr_scale.evaluation.features import Transform
 from simclr_scale.evaluation.few_labels import LabelBudget, LabelSelection, select_labels
 from simclr_scale.evaluation.manifest import DatasetRecord, EncoderRecord, Manifest
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.progress import show_progress
+from simclr_scale.evaluation.shared_features import source_features
 
 
 @dataclass(frozen=True)

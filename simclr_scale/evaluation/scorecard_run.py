@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from simclr_scale.distributed import world
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation.augmented_images import check_crops
 from simclr_scale.evaluation.few_labels import check_choice
-from simclr_scale.evaluation.finetune import evaluate_finetune, finetune_settings
+from simclr_scale.evaluation.finetune import Choices, evaluate_finetune
 from simclr_scale.evaluation.manifest import Manifest, encoder_fingerprint, library_versions, write_json
 from simclr_scale.evaluation.outcome import Outcome
 from simclr_scale.evaluation.pairs import Chosen, LabelledPair
@@ -37,10 +38,20 @@ class Entrant:
     train: Source
     test: Source
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the encoder. Once for all tasks: it reads every weight."""
+        return encoder_fingerprint(self.encoder)
+
+    @cached_property
+    def images(self) -> tuple[str, str]:
+        """Fingerprints of both parts."""
+        return self.train.fingerprint(), self.test.fingerprint()
+
     def contestant(self) -> Contestant:
         return Contestant(
             spec=self.spec,
-            fingerprint=encoder_fingerprint(self.encoder),
+            fingerprint=self.fingerprint,
             parameters=sum(parameter.numel() for parameter in self.encoder.parameters()),
             num_features=int(getattr(self.encoder, "num_features", 0)),
         )
@@ -133,11 +144,11 @@ def _check(entrant: Entrant, task: Task, protocol: Protocol) -> None:
         )
     if task.kind == "finetune":
         check_crops(entrant.transform)
-        finetune_settings(
+        Choices(
             epochs=protocol.finetune_epochs,
             learning_rate=protocol.finetune_learning_rate,
             batch_size=protocol.finetune_batch_size,
-        )
+        ).settled()
     if task.kind == "linear":
         check_choice(chosen.selections, entrant.train.labels, "l2")
 
@@ -210,8 +221,8 @@ def _key(entrant: Entrant, task: Task, protocol: Protocol, work: Work) -> str:
         "task": [task.kind, task.labels, task.budget.is_all],
         # What another kind of task alone looks at is no reason to make this one again.
         "protocol": {name: value for name, value in vars(protocol).items() if _counts_for(name, task.kind)},
-        "encoder": [entrant.spec, encoder_fingerprint(entrant.encoder), repr(entrant.transform)],
-        "images": [entrant.train.fingerprint(), entrant.test.fingerprint()],
+        "encoder": [entrant.spec, entrant.fingerprint, repr(entrant.transform)],
+        "images": list(entrant.images),
         "work": [work.batch_size, str(work.device)],
         "versions": library_versions(),
     }

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from simclr_scale.evaluation.probes import (
     probe_grid,
 )
 from simclr_scale.evaluation.progress import show_progress
+
+_Rows = TypeVar("_Rows", np.ndarray, torch.Tensor)
 
 
 def evaluate_knn(
@@ -105,10 +107,9 @@ def evaluate_knn(
     with show_progress("nearest neighbours", len(chosen.selections) * len(test), "images") as progress:
         for number, selection in enumerate(chosen.selections):
             rows = pair.rows(selection)
-            whole = len(rows) == len(train)
             predictions = knn_classify_each(
-                train if whole else train[rows],  # a copy of all would not fit where the features are mapped from disk
-                pair.train_labels if whole else pair.train_labels[rows],
+                _chosen(rows, train),
+                _chosen(rows, pair.train_labels),
                 test,
                 ks,
                 temperature=temperature,
@@ -227,7 +228,7 @@ def evaluate_linear(
                 device=device,
                 progress=progress,
             )
-        features, targets = train[rows], pair.train_labels[rows]
+        features, targets = _chosen(rows, train), _chosen(rows, pair.train_labels)
         if method == "lbfgs":
             return linear_probe(
                 features,
@@ -282,6 +283,11 @@ def evaluate_linear(
         answers=answers,
         warnings=tuple(warnings),
     )
+
+
+def _chosen(rows: np.ndarray, of: _Rows) -> _Rows:
+    """Those rows; where they are all, no copy, which would not fit where features are mapped from disk."""
+    return of if len(rows) == len(of) else of[rows]
 
 
 def _fit_details(probe: LinearProbe | GridProbe | AugmentedProbe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ on all ranks; z and z' with every feature standardised over them (biased varianc
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_scale.losses.moments import PairLoss, centred, require_images, sum_over_ranks, two_views
+from simclr_scale.losses.moments import PairLoss, centred, require_images, sums_with_gradient, two_views
 
 _EPSILON = 1e-5
 
@@ -34,7 +34,7 @@ def barlow_twins(z: Tensor, redundancy: float = 0.0051, *, group: dist.ProcessGr
     require_images(images, 2, "Barlow Twins")
     z1, z2 = centred(z1, z2, images, group)
     parts = [z1.T @ z2 / images, z1.square().sum(0) / images, z2.square().sum(0) / images]
-    product, variance1, variance2 = sum_over_ranks(parts, group)
+    product, variance1, variance2 = sums_with_gradient(parts, group)
     correlation = product * (variance1 + _EPSILON).rsqrt()[:, None] * (variance2 + _EPSILON).rsqrt()
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()

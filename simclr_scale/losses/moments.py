@@ -6,6 +6,7 @@ averages gradients over W ranks, for which the sum makes up with a factor W. As 
 loss alike; and what m_r is of must not depend on other ranks, or the gradient of m would differ between them.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient * ctx.size, None
 
 
-def sum_over_ranks(parts: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def sums_with_gradient(parts: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Sums of tensors over all ranks, in one collective; their gradients, averaged over ranks, are those of the sums.
 
     Nothing is sent in the backward pass.
@@ -62,7 +63,7 @@ def centred(z1: Tensor, z2: Tensor, images: int, group: dist.ProcessGroup | None
     The means are constants to the gradient: a second moment about the mean does not change with it to first order.
     """
     with torch.no_grad():
-        mean1, mean2 = sum_over_ranks([z1.sum(0) / images, z2.sum(0) / images], group)
+        mean1, mean2 = sums_with_gradient([z1.sum(0) / images, z2.sum(0) / images], group)
     return z1 - mean1, z2 - mean2
 
 
@@ -72,12 +73,12 @@ def require_images(images: int, least: int, what: str) -> None:
         raise ValueError(f"{what} needs at least {least} images in the global batch, got {images}")
 
 
-class PairLoss(nn.Module):
+class PairLoss(nn.Module, ABC):
     """Called as ``loss(z)`` with both views stacked, (2n, d), or as ``loss(z1, z2)``."""
 
+    @abstractmethod
     def stacked(self, z: Tensor) -> Tensor:
         """The loss of the rows [view 1; view 2]."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor, z2: Tensor | None = None) -> Tensor:
         if z2 is not None and z2.shape != z.shape:

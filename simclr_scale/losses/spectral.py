@@ -13,7 +13,7 @@ so that memory and what is sent grow with d^2 and not with n^2.
 import torch.distributed as dist
 from torch import Tensor
 
-from simclr_scale.losses.moments import PairLoss, require_images, sum_over_ranks, two_views
+from simclr_scale.losses.moments import PairLoss, require_images, sums_with_gradient, two_views
 
 
 def spectral_contrastive(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def spectral_contrastive(z: Tensor, *, group: dist.ProcessGroup | None = None) -
     require_images(images, 2, "the spectral contrastive loss")
     agreement = (z1 * z2).sum(1)
     parts = [agreement.sum() / images, agreement.square().sum(), z1.T @ z1, z2.T @ z2]
-    pull, own, moment1, moment2 = sum_over_ranks(parts, group)
+    pull, own, moment1, moment2 = sums_with_gradient(parts, group)
     return -2 * pull + ((moment1 * moment2).sum() - own) / (images * (images - 1))
 
 

@@ -20,8 +20,6 @@ threads of a block, by our count at about the cost of the exponentials it saves.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_scale.errors import InputError
+from simclr_scale.losses.triton_tiles import Tiles, grid, log_negatives_tiles, repulsion_tiles, roomy
 
 try:
     import triton
@@ -42,33 +41,6 @@ LARGEST_SPREAD = 85.0
 # float32 must stay float32. The tensor cores' form in three products ("tf32x3") is faster and nearly as exact, but a
 # cosine's error is multiplied by 1/temperature, and the interpreter cannot show how large theirs is.
 FLOAT32_PRODUCTS = "ieee"
-# Of a split of the columns: its least steps, so that its start does not count, and the most numbers (64 MiB) that all
-# splits together keep before they are added.
-LEAST_STEPS = 4
-PARTIAL_SUMS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the work is cut: for tuning, and for tests that want many blocks of few rows.
-
-    Attributes:
-        rows: rows a program holds (a power of two, at least 16).
-        columns: columns of S a step (a power of two, at least 16).
-        depth: how much of the width a product of S takes at once; the whole width keeps the program's rows on chip.
-        width: columns of the gradient a program accumulates; each further block computes S anew.
-        warps: warps of 32 threads a program.
-        stages: depth of the software pipeline, in tiles of columns.
-        splits: programs that share the columns of one block of rows; None fills the device.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    width: int
-    warps: int
-    stages: int
-    splits: int | None = None
 
 
 def require_triton(device: torch.device | str) -> None:
@@ -102,9 +74,9 @@ def log_negatives(z: Tensor, z_all: Tensor, first: int, temperature: float, *, t
         InputError: without Triton, on a device other than CUDA, or for another type of number.
     """
     rows, columns = z.shape[0], z_all.shape[0]
-    tiles = tiles or _log_negatives_tiles(z.dtype, z.shape[1], _roomy(z.device))
+    tiles = tiles or log_negatives_tiles(z.dtype, z.shape[1], roomy(z.device))
     z, z_all = _prepared(z, z_all, tiles)
-    blocks, splits, steps = _grid(rows, columns, 1, 1, tiles, z.device)
+    blocks, splits, steps = grid(rows, columns, 1, 1, tiles, z.device)
 
     online = not _spread_fits(temperature)
     total = torch.empty(splits, rows, device=z.device, dtype=torch.float32)
@@ -159,11 +131,11 @@ def repulsion(
         InputError: as :func:`log_negatives`.
     """
     rows, width, columns = *z.shape, z_all.shape[0]
-    tiles = tiles or _repulsion_tiles(z.dtype, width, _roomy(z.device))
+    tiles = tiles or repulsion_tiles(z.dtype, width, roomy(z.device))
     z, z_all = _prepared(z, z_all, tiles)
     chunk = min(tiles.width, z.shape[1])
     chunks = triton.cdiv(width, chunk)
-    blocks, splits, steps = _grid(rows, columns, width, chunks, tiles, z.device)
+    blocks, splits, steps = grid(rows, columns, width, chunks, tiles, z.device)
 
     scale = 1 / temperature
     one_exponential = _spread_fits(temperature)
@@ -238,67 +210,6 @@ def _prepared(z: Tensor, z_all: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     same = z.data_ptr() == z_all.data_ptr() and z.shape == z_all.shape and z.stride() == z_all.stride()
     z_all = F.pad(z_all, (0, padded - width))
     return (z_all if same else F.pad(z, (0, padded - width))), z_all
-
-
-def _grid(rows: int, columns: int, width: int, chunks: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of rows, splits of the columns, and steps (tiles of columns) in a split.
-
-    Few blocks of rows would leave most of a device idle; then several programs share the columns of one block, and
-    their sums, `width` numbers a row, are added afterwards, in an order that is always the same.
-    """
-    blocks, steps = triton.cdiv(rows, tiles.rows), triton.cdiv(columns, tiles.columns)
-    splits = tiles.splits
-    if splits is None:
-        programs, places = blocks * chunks, 2 * _multiprocessors(device)
-        most = max(1, min(steps // LEAST_STEPS, PARTIAL_SUMS // (rows * width), 4 * places // programs))
-
-        def occupied(splits: int) -> float:
-            steps_each = triton.cdiv(steps, splits)
-            rounds = triton.cdiv(programs * triton.cdiv(steps, steps_each), places)
-            return programs * steps / (rounds * steps_each * places)
-
-        splits = max(range(1, most + 1), key=lambda splits: (min(occupied(splits), 0.9), -splits))
-    steps_each = triton.cdiv(steps, min(splits, steps))
-    return blocks, triton.cdiv(steps, steps_each), steps_each
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
-def _roomy(device: torch.device) -> bool:
-    """Whether a multiprocessor has the shared memory of an H100 (227 KiB), not of a smaller device (99 to 163)."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 << 10
-
-
-# The tables below are chosen for H100 and H200 by what the compiler reports (tests/losses/test_triton_kernels.py prints
-# it), not by a measurement on one: no tile of sums is spilled from the registers, and at width 128 two programs of the
-# first kernel fit a multiprocessor, so that one's exponentials can overlap the other's products. Fewer than 128 rows a
-# block would read more from the second-level cache, where 128 already read 8.6 GB at N = 65,536, width 128, bfloat16.
-
-
-def _log_negatives_tiles(dtype: torch.dtype, width: int, roomy: bool) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(rows=128, columns=128, depth=16, width=16, warps=8, stages=2)
-    if not roomy:
-        return Tiles(rows=64, columns=64, depth=128, width=128, warps=4, stages=2)
-    if width <= 256:
-        return Tiles(rows=128, columns=128, depth=256, width=256, warps=8, stages=2)
-    return Tiles(rows=128, columns=128, depth=64, width=64, warps=8, stages=3)
-
-
-def _repulsion_tiles(dtype: torch.dtype, width: int, roomy: bool) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(rows=128, columns=32, depth=16, width=128, warps=8, stages=2)
-    if not roomy:
-        return Tiles(rows=64, columns=64, depth=128, width=128, warps=4, stages=2)
-    if width <= 128:
-        return Tiles(rows=128, columns=128, depth=128, width=128, warps=8, stages=3)
-    if width <= 256:
-        return Tiles(rows=128, columns=64, depth=256, width=256, warps=8, stages=3)
-    return Tiles(rows=128, columns=64, depth=64, width=256, warps=8, stages=3)
 
 
 if triton is not None:

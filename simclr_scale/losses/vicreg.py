@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_scale.losses.moments import PairLoss, centred, require_images, sum_over_ranks, two_views
+from simclr_scale.losses.moments import PairLoss, centred, require_images, sums_with_gradient, two_views
 
 _EPSILON = 1e-4
 
@@ -48,7 +48,7 @@ def vicreg(
     distance = (z1 - z2).square().sum() / z1.shape[1] / images
     z1, z2 = centred(z1, z2, images, group)
     parts = [distance, z1.T @ z1 / (images - 1), z2.T @ z2 / (images - 1)]
-    distance, *covariances = sum_over_ranks(parts, group)
+    distance, *covariances = sums_with_gradient(parts, group)
     loss = invariance * distance
     for matrix in covariances:
         diagonal = matrix.diagonal()

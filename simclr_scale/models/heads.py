@@ -20,13 +20,20 @@ class ProjectionHead(nn.Module):
         hidden_features: width of the hidden layers; `in_features` where None.
         out_features: d. Without layers the output is the input, and the attribute `out_features` is `in_features`.
         num_layers: number of linear layers.
+        last_norm: batch norm after the last of them. Without it three layers are the projector of Barlow Twins (Zbontar
+            et al. 2021, section 3.2) and the expander of VICReg (Bardes et al. 2022, section 4.2), both 8192 wide.
 
     Raises:
         InputError: a width below 1 or a negative number of layers.
     """
 
     def __init__(
-        self, in_features: int, hidden_features: int | None = None, out_features: int = 128, num_layers: int = 2
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int = 128,
+        num_layers: int = 2,
+        last_norm: bool = True,
     ) -> None:
         super().__init__()
         hidden_features = in_features if hidden_features is None else hidden_features
@@ -36,13 +43,13 @@ class ProjectionHead(nn.Module):
                 raise InputError(f"projection head: {name}={size} must be at least 1")
         if num_layers < 0:
             raise InputError(f"projection head: num_layers={num_layers} must be 0 (identity) or more")
-        self.arguments: dict[str, Any] = {**sizes, "num_layers": num_layers}
+        self.arguments: dict[str, Any] = {**sizes, "num_layers": num_layers, "last_norm": last_norm}
         """What this head was made with, to make another such."""
         self.in_features = in_features
         self.out_features = out_features if num_layers else in_features
         widths = [in_features, *[hidden_features] * (num_layers - 1), out_features]
         self.layers = nn.ModuleList(
-            _layer(widths[i], widths[i + 1], last=i == num_layers - 1) for i in range(num_layers)
+            _layer(widths[i], widths[i + 1], last=i == num_layers - 1, last_norm=last_norm) for i in range(num_layers)
         )
 
     def forward(self, h: Tensor, layers: int | None = None) -> Tensor:
@@ -58,9 +65,11 @@ class ProjectionHead(nn.Module):
         return h
 
 
-def _layer(in_features: int, out_features: int, last: bool) -> nn.Sequential:
+def _layer(in_features: int, out_features: int, last: bool, last_norm: bool) -> nn.Sequential:
     linear = nn.Linear(in_features, out_features, bias=False)
     nn.init.normal_(linear.weight, std=0.01)
+    if last and not last_norm:
+        return nn.Sequential(linear)
     batch_norm = nn.BatchNorm1d(out_features, eps=1e-5, momentum=0.1)
     if not last:
         return nn.Sequential(linear, batch_norm, nn.ReLU(inplace=True))

@@ -26,9 +26,9 @@ NAME, WIDTH = "ours_tiny", 14
 CLASSES = ("one", "two", "drei")
 
 
-def some_head(num_layers: int = 3) -> ProjectionHead:
+def some_head(num_layers: int = 3, last_norm: bool = True) -> ProjectionHead:
     torch.manual_seed(3)
-    head = ProjectionHead(WIDTH, hidden_features=9, out_features=5, num_layers=num_layers)
+    head = ProjectionHead(WIDTH, hidden_features=9, out_features=5, num_layers=num_layers, last_norm=last_norm)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -74,9 +74,10 @@ def same(head: ProjectionHead, expected: ProjectionHead) -> bool:
     )
 
 
+@pytest.mark.parametrize("last_norm", [True, False])
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 3, 11])
-def test_a_head_comes_back_bit_for_bit(num_layers: int, tmp_path: Path) -> None:
-    head = some_head(num_layers)
+def test_a_head_comes_back_bit_for_bit(num_layers: int, last_norm: bool, tmp_path: Path) -> None:
+    head = some_head(num_layers, last_norm)
     assert same(load_head(write(tmp_path / "bundle", head)), head)
     if num_layers:
         assert same(load_head(checkpoint(tmp_path / "step=7.ckpt", head)), head)

@@ -44,7 +44,7 @@ def test_neither_file_nor_recipe() -> None:
     with pytest.raises(InputError, match=r"no configuration file or recipe 'quickstrt'; did you mean quickstart\?"):
         find_recipe("pretrain", "quickstrt")
     with pytest.raises(
-        InputError, match="shipped recipes are chest_xray, cifar10, cifar10_small, cifar10_tiny, hyperspectral"
+        InputError, match="shipped recipes are chest_xray, cifar10, cifar10_barlow_twins, cifar10_sigmoid"
     ):
         find_recipe("pretrain", "nothing.yaml")
 

@@ -232,7 +232,7 @@ def test_a_disk_that_cannot_be_written_is_said(photos: Path, tmp_path: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("simclr_scale.data.packing._ShardWriter.add", full)
+    monkeypatch.setattr("simclr_scale.data.packing_shard.ShardWriter.add", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
         work(photos, tmp_path / "output")
 

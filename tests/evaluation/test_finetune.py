@@ -25,7 +25,7 @@ from simclr_scale.evaluation import (
     fine_tune,
 )
 from simclr_scale.evaluation.augmented_images import AugmentedImages
-from simclr_scale.evaluation.finetune import finetune_settings
+from simclr_scale.evaluation.finetune import Choices
 from simclr_scale.models import ClassificationHead, ImageClassifier, PixelEncoder, ProjectionHead
 from tests.evaluation.stripes import CLASSES, TRANSFORM, StripeSource, tiny_encoder, tiny_head
 from tests.evaluation.synthetic import ColorSource, DamagedSource, small_encoder
@@ -237,7 +237,7 @@ def _evaluated(rank: int, world_size: int) -> tuple[tuple[float, ...], tuple[str
 
 def test_an_evaluation_is_the_same_on_two_ranks(gloo: GlooPool) -> None:
     alone = _evaluated(0, 1)
-    assert [warning.partition(" of ")[0] for warning in alone[1]] == ["2", "1"]
+    assert [warning.partition(" of ")[0] for warning in alone[1]] == ["2", "1", "trained for 6 steps in all, 8"]
     assert gloo(2, _evaluated) == [alone] * 2
 
 
@@ -304,6 +304,13 @@ def test_the_record_is_whole(learned: tuple[Any, TrainedClassifier]) -> None:
         assert tuned.network(pictures).argmax(1).tolist() == outcome.answers[0].tolist()
 
 
+def test_few_steps_are_told() -> None:
+    assert TrainingSettings("sgd", 0.05, 60, 256).warnings(12_811) == ()  # 1% of ImageNet
+    [warning] = TrainingSettings("sgd", 0.05, 30, 256).warnings(410)
+    assert warning.startswith("trained for 30 steps in all, 256 of 410 images a step")
+    assert TrainingSettings("sgd", 0.05, 300, 256).warnings(10) == ()
+
+
 def test_draws_of_few_labels_are_trainings_of_their_own() -> None:
     manifest = evaluate_finetune(
         tiny_encoder(), TRANSFORM, TRAIN, TEST, epochs=2, labels="2-shot", protocol="v2", head=tiny_head(), seed=3
@@ -346,7 +353,7 @@ def test_classes_are_matched_by_name() -> None:
     ],
 )
 def test_the_protocols_are_the_published_ones(protocol: Any, share: float, expected: tuple[Any, ...]) -> None:
-    settings, layer = finetune_settings(protocol, head=ProjectionHead(8), share=share)
+    settings, layer = Choices(protocol, head=ProjectionHead(8)).settled(share)
     assert (settings.optimizer, settings.learning_rate, settings.epochs, settings.batch_size, layer) == expected
     assert settings.weight_decay == 0
     network = ImageClassifier(tiny_encoder(), ClassificationHead(8, CLASSES, tiny_head(), 1))
@@ -363,9 +370,9 @@ def test_the_protocols_are_the_published_ones(protocol: Any, share: float, expec
 
 
 def test_an_override_keeps_the_rule_of_its_optimizer() -> None:
-    settings, layer = finetune_settings("v1", optimizer="lars", head=ProjectionHead(8), from_head_layer=2, epochs=3)
+    settings, layer = Choices("v1", optimizer="lars", head=ProjectionHead(8), from_head_layer=2, epochs=3).settled()
     assert (settings.optimizer, settings.learning_rate, settings.epochs, layer) == ("lars", 0.005, 3, 2)
-    settings, layer = finetune_settings("v2", from_head_layer=0, optimizer="sgd", learning_rate=0.2, batch_size=7)
+    settings, layer = Choices("v2", from_head_layer=0, optimizer="sgd", learning_rate=0.2, batch_size=7).settled()
     assert (settings.optimizer, settings.learning_rate, settings.batch_size, layer) == ("sgd", 0.2, 7, 0)
 
 

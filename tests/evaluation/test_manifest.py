@@ -107,10 +107,15 @@ def test_the_table_shows_the_value_first_and_brackets_as_they_are() -> None:
 
 def test_the_table_sums_up_long_lists() -> None:
     text = printed(
-        replace(MANIFEST, settings={"l2_values": [1e-6, 1.0, 1e5]}, details={"validation": [{"l2": 1.0}], "tried": []})
+        replace(
+            MANIFEST,
+            settings={"l2_values": [1e-6, 1.0, 1e5], "seeds": [7]},
+            details={"validation": [{"l2": 1.0}], "tried": []},
+        )
     )
     assert "l2_values 3 from 1e-06 to 1e+05" in text
     assert "validation 1 in the file" in text
+    assert "seeds 7" in text
     assert "tried" not in text
 
 

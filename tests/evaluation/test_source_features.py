@@ -13,7 +13,7 @@ from torch import nn
 
 from simclr_scale.errors import InputError
 from simclr_scale.evaluation import extract_features, image_loader, source_features
-from simclr_scale.evaluation.features import _PROBED_IMAGES
+from simclr_scale.evaluation.shared_features import _PROBED_IMAGES
 from tests.evaluation.counting import CountingEncoder, CountingSource
 from tests.evaluation.synthetic import ColorSource, small_encoder, to_tensor
 from tests.gloo_pool import GlooPool

@@ -13,8 +13,11 @@ def written_out(head: ProjectionHead, h: np.ndarray) -> list[np.ndarray]:
     """Input and output of every layer, with the statistics of the batch."""
     outputs = [h]
     for index, layer in enumerate(head.layers):
-        linear, norm = layer[0], layer[1]
-        y = outputs[-1] @ linear.weight.detach().numpy().T
+        y = outputs[-1] @ layer[0].weight.detach().numpy().T
+        if len(layer) == 1:
+            outputs.append(y)
+            continue
+        norm = layer[1]
         y = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5) * norm.weight.detach().numpy()
         if index < len(head.layers) - 1:
             y = np.maximum(y + norm.bias.detach().numpy(), 0)
@@ -22,10 +25,12 @@ def written_out(head: ProjectionHead, h: np.ndarray) -> list[np.ndarray]:
     return outputs
 
 
+@pytest.mark.parametrize("last_norm", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_values_layer_by_layer(num_layers: int) -> None:
+def test_values_layer_by_layer(num_layers: int, last_norm: bool) -> None:
     torch.manual_seed(0)
-    head = ProjectionHead(13, hidden_features=17, out_features=5, num_layers=num_layers).double()
+    head = ProjectionHead(13, hidden_features=17, out_features=5, num_layers=num_layers, last_norm=last_norm).double()
+    assert len(head.layers[-1]) == (2 if last_norm else 1)
     for parameter in head.parameters():
         nn.init.uniform_(parameter, -1, 1)
     h = torch.randn(7, 13, dtype=torch.float64)
