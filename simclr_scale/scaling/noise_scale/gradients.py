@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr_scale.distributed import world
+from simclr_scale.distributed import sum_in_place, world
 from simclr_scale.errors import InputError
 
 
@@ -63,8 +62,6 @@ def own_gradient(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter],
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of equally shaped tensors of all ranks, as DistributedDataParallel takes it of gradients."""
-    if world().size > 1:
-        dist.all_reduce(values)
-        values /= world().size
-    return values
+    """The mean of equally shaped tensors of all ranks, in place, as DistributedDataParallel takes it of gradients."""
+    sum_in_place([values])
+    return values.div_(world().size)
