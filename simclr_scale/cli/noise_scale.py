@@ -94,7 +94,7 @@ def _parser() -> OneLineErrors:
         epilog=EPILOG,
     )
     parser.add_argument("--run", type=str | None, help="folder of a run: all of its checkpoints")
-    parser.add_argument("--checkpoint", type=list[str] | None, nargs="+", help="checkpoints of one run")
+    parser.add_argument("--checkpoint", type=str, nargs="+", help="checkpoints of one run")
     parser.add_argument("--mode", type=str, default="probe", help="probe, jackknife or per_rank, see below")
     parser.add_argument("--batch_size", type=int | None, help="images of a global batch; default: the run's")
     parser.add_argument(
