@@ -34,6 +34,7 @@ examples:
   simclr-scale noise-scale --checkpoint runs/NAME/checkpoints/step=100.ckpt --batches 32 --batch_size 256
   simclr-scale noise-scale --run runs/NAME --batch_size 512 --negatives 64
 
+Under torchrun name checkpoints: it takes --run for an option of its own.
 Keep more than two checkpoints of a run to see it along training: pretrain --checkpoint.keep 20.
 """
 
