@@ -34,6 +34,7 @@ examples:
   simclr-scale noise-scale --checkpoint runs/NAME/checkpoints/step=100.ckpt --batches 32 --batch_size 256
   simclr-scale noise-scale --run runs/NAME --batch_size 512 --negatives 64
 
+Under torchrun name checkpoints: it takes --run for an option of its own.
 Keep more than two checkpoints of a run to see it along training: pretrain --checkpoint.keep 20.
 """
 
@@ -94,7 +95,7 @@ def _parser() -> OneLineErrors:
         epilog=EPILOG,
     )
     parser.add_argument("--run", type=str | None, help="folder of a run: all of its checkpoints")
-    parser.add_argument("--checkpoint", type=list[str] | None, nargs="+", help="checkpoints of one run")
+    parser.add_argument("--checkpoint", type=str, nargs="+", help="checkpoints of one run")
     parser.add_argument("--mode", type=str, default="probe", help="probe, jackknife or per_rank, see below")
     parser.add_argument("--batch_size", type=int | None, help="images of a global batch; default: the run's")
     parser.add_argument(

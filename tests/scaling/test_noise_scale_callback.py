@@ -21,6 +21,7 @@ from simclr_scale.scaling.noise_scale import GradientNoiseScale
 from simclr_scale.scaling.noise_scale.estimates import gram_of, probe_estimate
 from tests.gloo_pool import GlooPool
 from tests.pretraining.runs import QUIET, fit
+from tests.pretraining.test_ranks import Pool
 
 pytestmark = QUIET
 
@@ -38,6 +39,7 @@ def trained(*callbacks: pl.Callback, **options: Any) -> tuple[SimCLR, Any]:
             "accelerator": "cpu",
             "devices": 1,
             "max_steps": 3,
+            "log_every_n_steps": 1,
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
@@ -123,34 +125,9 @@ def test_another_module_by_its_own_loss() -> None:
 def per_rank_on(rank: int, world_size: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     callback = GradientNoiseScale("per_rank", every_n_steps=1, smoothing=0.9)
-    environment = _Joined(rank, world_size)
-    strategy = DDPStrategy(cluster_environment=environment, process_group_backend="gloo")
+    strategy = DDPStrategy(cluster_environment=Pool(rank, world_size), process_group_backend="gloo")
     fit(Regression(), callback, data=regression_loader(), strategy=strategy, devices=world_size, max_steps=16)
     return callback.history
-
-
-class _Joined(pl.plugins.environments.LightningEnvironment):
-    """The processes are there already."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__()
-        self._rank, self._size = rank, size
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    def local_rank(self) -> int:
-        return self._rank
-
-    def global_rank(self) -> int:
-        return self._rank
-
-    def world_size(self) -> int:
-        return self._size
-
-    def teardown(self) -> None:
-        return
 
 
 def test_per_rank_under_ddp(gloo: GlooPool) -> None:

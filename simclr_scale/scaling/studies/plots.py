@@ -83,8 +83,10 @@ def draw_branches(tasks: Sequence[dict[str, Any]], file: Path) -> None:
         rows = task["rows"]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKS[number % len(MARKS)]}
         label = f"{rows[0]['negatives_per_view']:,} negatives a view"
-        own = [row for row in rows if row["steps_to_target"]]
-        _draw_hyperbola(steps, trade, task, own, style, label)
+        # At a target that is met before the first step there is nothing to show by powers.
+        own = [row for row in rows if row["steps_to_target"] and row["steps_to_target"]["mean"] > 0]
+        if own:
+            _draw_hyperbola(steps, trade, task, own, style, label)
         for axes, key, factor in ((loss, "final_loss", 1.0), (linear, "linear_top1", 100.0)):
             there = [row for row in rows if row[key]]
             _with_intervals(axes, [row["batch"] for row in there], [row[key] for row in there], label, style, factor)
@@ -96,9 +98,11 @@ def draw_branches(tasks: Sequence[dict[str, Any]], file: Path) -> None:
     for axes in (steps, loss, linear):
         batch_axis(axes, batches)
     for axes in (steps, trade):
-        axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
-    trade.set_xscale("log")
+        if axes.has_data():
+            axes.set_yscale("log")
+    if trade.has_data():
+        trade.set_xscale("log")
     for axes in (steps, trade, loss, linear):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
