@@ -72,15 +72,13 @@ class TwoRanks:
         pids = [pid for pid in children(self.rank(rank)) if pid not in others]
         return [pid for pid in pids if "resource_tracker" not in commands(pid)]
 
-    def end(self) -> tuple[int, list[str], float]:
-        """Exit status, the lines of simclr-scale on standard error, and the seconds until the process ended."""
-        began = time.monotonic()
+    def end(self) -> tuple[int, list[str]]:
+        """Exit status, and the lines of simclr-scale on standard error."""
         self.process.wait(HANGS_AFTER)
-        seconds = time.monotonic() - began
         assert self.process.stderr is not None
         with self.process.stderr as stream:
             lines = stream.read().splitlines()
-        return self.process.returncode, [line for line in lines if line.startswith(ERROR)], seconds
+        return self.process.returncode, [line for line in lines if line.startswith(ERROR)]
 
 
 @contextmanager
