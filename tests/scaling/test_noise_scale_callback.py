@@ -107,10 +107,11 @@ def squared_error(module: Any, batch: Any) -> Tensor:
     return F.mse_loss(module.layer(x)[:, 0], y)
 
 
-def regression_loader() -> DataLoader[Any]:
+def regression_loader(rank: int = 0, ranks: int = 1) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 4, generator=generator)
-    return DataLoader(TensorDataset(x, x.sum(1) + 0.1 * torch.randn(256, generator=generator)), batch_size=8)
+    y = x.sum(1) + 0.1 * torch.randn(256, generator=generator)
+    return DataLoader(TensorDataset(x[rank::ranks], y[rank::ranks]), batch_size=8)
 
 
 def test_another_module_by_its_own_loss() -> None:
@@ -126,7 +127,8 @@ def per_rank_on(rank: int, world_size: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     callback = GradientNoiseScale("per_rank", every_n_steps=1, smoothing=0.9)
     strategy = DDPStrategy(cluster_environment=Pool(rank, world_size), process_group_backend="gloo")
-    fit(Regression(), callback, data=regression_loader(), strategy=strategy, devices=world_size, max_steps=16)
+    ranks = {"strategy": strategy, "devices": world_size, "use_distributed_sampler": False}
+    fit(Regression(), callback, data=regression_loader(rank, world_size), **ranks)
     return callback.history
 
 
