@@ -76,6 +76,15 @@ def test_formulas_by_hand() -> None:
     torch.testing.assert_close(torch.from_numpy(gram_of(list(torch.from_numpy(g)))), torch.from_numpy(g @ g.T))
 
 
+def test_the_error_is_the_jackknife_by_its_definition() -> None:
+    g = 1 + np.random.default_rng(3).normal(size=(6, 20))
+    logs = [
+        np.log(float(probe_estimate(rest @ rest.T, 8).simple or 0)) for rest in (np.delete(g, i, 0) for i in range(6))
+    ]
+    expected = np.sqrt(5 / 6 * ((logs - np.mean(logs)) ** 2).sum())
+    assert probe_estimate(g @ g.T, 8).error == pytest.approx(expected)
+
+
 def test_no_signal_is_no_number_and_the_interval_covers() -> None:
     opposite = np.array([[1.0, -1.0], [-1.0, 1.0]])
     assert probe_estimate(opposite, 4).simple is None

@@ -74,10 +74,13 @@ def probe_estimate(gram: NDArray[np.float64], batch: int) -> NoiseScale:
     n = len(gram)
     if n < 2:
         raise InputError(f"a noise scale needs 2 independent batches at least, got {n}")
-    signal, noise = _parts(gram, batch)
-    kept = [np.delete(np.arange(n), left_out) for left_out in range(n)] if n > 2 else []
-    others = np.array([_parts(gram[np.ix_(rest, rest)], batch) for rest in kept]).reshape(-1, 2)
-    return NoiseScale(signal, noise, _jackknife_error(others[:, 0], others[:, 1]))
+    total, own = float(gram.sum()), np.diagonal(gram)
+    signal, noise = _parts(n, np.array(total), own.sum(), batch)
+    error = None
+    if n > 2:
+        # Without one of them: its row and column fall away.
+        error = _jackknife_error(*_parts(n - 1, total - 2 * gram.sum(1) + own, own.sum() - own, batch))
+    return NoiseScale(float(signal), float(noise), error)
 
 
 def _jackknife_error(signals: NDArray[np.float64], noises: NDArray[np.float64]) -> float | None:
@@ -89,9 +92,11 @@ def _jackknife_error(signals: NDArray[np.float64], noises: NDArray[np.float64]) 
     return float(np.sqrt((n - 1) / n * np.square(logs - logs.mean()).sum()))
 
 
-def _parts(gram: NDArray[np.float64], batch: int) -> tuple[float, float]:
-    n, total, squares = len(gram), float(gram.sum()), float(np.trace(gram))
-    return (total - squares) / (n * (n - 1)), batch * (squares - total / n) / (n - 1)
+def _parts(
+    n: int, totals: NDArray[np.float64], squares: NDArray[np.float64], batch: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """|G|^2 and S from |sum g|^2 and sum |g|^2 of n gradients."""
+    return (totals - squares) / (n * (n - 1)), batch * (squares - totals / n) / (n - 1)
 
 
 def per_rank_estimate(local_squares: Sequence[float], global_square: float, batch: int) -> NoiseScale:
