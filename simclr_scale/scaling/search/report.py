@@ -106,17 +106,19 @@ class SearchReport:
         if not console.is_terminal:
             console = Console(width=120)
         table = Table(box=box.ROUNDED)
+        table.add_column("", justify="right")  # the number of its point in the plot
         for title in ("encoder, width, head", "outcome"):
             table.add_column(title, overflow="fold")
         for title in ("parameters", "kNN", "RankMe", "linear"):
             table.add_column(title, justify="right")
-        for row in self.rows:
+        for number, row in enumerate(self.rows, start=1):
             known = {self.score: row.score} if row.score is not None else {}
             known |= {name: row.facts[name] for name in _SCORES if name in row.facts}
             outcome = row.outcome + (f" at epoch {row.epoch}" if row.epoch is not None else "")
             if row.attempts > 1:
                 outcome += f", {row.attempts} attempts"
             table.add_row(
+                str(number),
                 row.label,
                 outcome if "reason" not in row.facts else f"{outcome}: {row.facts['reason']}",
                 f"{row.facts['params']:,}" if "params" in row.facts else "",
@@ -150,22 +152,22 @@ def linear_of(folder: Path, label: str) -> float | None:
 
 
 def draw(report: SearchReport, file: Path) -> None:
-    """Writes linear accuracy over each score, a point an encoder, with its rank correlation."""
+    """Writes linear accuracy over each score, with its rank correlation; the points have the numbers of the table."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in report.rows if row.linear is not None]
+    rows = [(number, row) for number, row in enumerate(report.rows, start=1) if row.linear is not None]
     found = report.correlations()
     names = [name for name in _SCORES if name in found]
     figure = Figure(figsize=(4.6 * max(1, len(names)), 4.2), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, max(1, len(names)), squeeze=False)[0], strict=False):
-        for row in rows:
+        for number, row in rows:
             if name in row.facts:
                 axes.plot(row.facts[name], row.linear, "o", color="#0072B2")
-                place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6}
-                axes.annotate(row.label, (row.facts[name], row.linear), **place)
+                place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}
+                axes.annotate(str(number), (row.facts[name], row.linear), **place)
         axes.set_xlabel({"knn": "kNN top-1", "rankme": "RankMe"}[name])
         axes.set_ylabel("linear top-1")
         axes.set_title(f"Spearman {found[name]['spearman']:.2f}", fontsize=9)
-        axes.margins(x=0.25, y=0.1)
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
     save_figure(figure, file)
