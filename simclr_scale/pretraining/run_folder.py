@@ -120,7 +120,6 @@ class RunFolder(pl.Callback):
         # A start that found the run finished has measured nothing: what an earlier one has written of it stays.
         summary = self._written_before() | self._summary(trainer, monitor, scores)
         if pl_module.transform is not None and hasattr(pl_module.encoder, "architecture"):
-            head = head if type(head) is ProjectionHead else None
             self._replace_encoder(encoder, head, pl_module.transform, summary)
         beside = self.folder / ".summary.json.partial"
         beside.write_text(json.dumps(summary, indent=2) + "\n")
@@ -168,7 +167,7 @@ class RunFolder(pl.Callback):
         return facts
 
     def _replace_encoder(
-        self, encoder: nn.Module, head: ProjectionHead | None, transform: ImageTransform, facts: dict[str, Any]
+        self, encoder: nn.Module, head: nn.Module | None, transform: ImageTransform, facts: dict[str, Any]
     ) -> None:
         """Writes the bundle; file by file where there is one of a former end of this run.
 
@@ -176,7 +175,8 @@ class RunFolder(pl.Callback):
         """
         final, fresh = self.folder / "encoder", self.folder / ".encoder.partial"
         shutil.rmtree(fresh, ignore_errors=True)
-        save_encoder(encoder, transform, fresh, head=head, **facts)
+        kept = head if type(head) is ProjectionHead else None
+        save_encoder(encoder, transform, fresh, head=kept, **facts)
         if final.exists():
             # A bundle of an earlier version has no head, so what says that there is one comes last.
             for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
@@ -201,7 +201,7 @@ class RunFolder(pl.Callback):
                 table.add_row(labels[name], f"{value:.1%}", style="bold" if name == "trained" else "")
             say(table)
         else:
-            say(f"{source} has no labels, so there is no kNN score; try the encoder on a labelled set:")
+            say(f"{source} has no labels, so there is no kNN score; try the encoder on a labelled set:", soft_wrap=True)
         say(f"The encoder is in [bold]{self.folder / 'encoder'}[/]. What to try next:", highlight=False, soft_wrap=True)
         held_out = source if scores else "FOLDER_OF_CLASSES"
         for command in (

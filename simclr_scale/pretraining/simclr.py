@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simclr_scale.bundle import BUNDLE_KEY, ImageTransform, encoder_config, load_encoder
 from simclr_scale.data.datamodule import SimCLRDataModule
-from simclr_scale.distributed import World, convert_global_batch_norm, data_parallel_group, world
+from simclr_scale.distributed import convert_global_batch_norm, data_parallel_group, world
 from simclr_scale.errors import InputError
 from simclr_scale.losses import NTXentLoss, contrastive_accuracy
 from simclr_scale.models import ProjectionHead
@@ -143,7 +143,7 @@ class SimCLR(pl.LightningModule):
             )
         if classes and self.probe is None:
             self.probe = OnlineProbe(self._width, classes, group=self.data_parallel_group)
-        if self.data_parallel_world.size > 1:
+        if self.data_parallel_size > 1:
             convert_global_batch_norm(self.encoder, self.data_parallel_group)
             convert_global_batch_norm(self.head, self.data_parallel_group)
             if self.local is not None:
@@ -157,11 +157,14 @@ class SimCLR(pl.LightningModule):
         return data_parallel_group(self.device_mesh)
 
     @property
-    def data_parallel_world(self) -> World:
-        """This rank's place among those that hold different images."""
-        if self.device_mesh is None:
-            return World(self.global_rank, self.trainer.world_size)
-        return world(self.data_parallel_group)
+    def data_parallel_size(self) -> int:
+        """How many ranks hold different images."""
+        return self.trainer.world_size if self.device_mesh is None else world(self.data_parallel_group).size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self.global_rank if self.device_mesh is None else world(self.data_parallel_group).rank
 
     def configure_model(self) -> None:
         """Under ``ModelParallelStrategy``: shards weights, and divides blocks, over its mesh."""
@@ -230,7 +233,7 @@ class SimCLR(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout and drop path are a function of (seed, step, rank), as the views are, so that a resumed run repeats
         # them and no two ranks share them, but for tensor-parallel partners, who must.
-        stream = np.random.SeedSequence((self._seed, self.global_step, self.data_parallel_world.rank))
+        stream = np.random.SeedSequence((self._seed, self.global_step, self.data_parallel_rank))
         seed = int(stream.generate_state(1, np.uint64)[0])
         # Not torch.manual_seed, which takes a millisecond to tell every kind of device that there could be.
         torch.default_generator.manual_seed(seed)
@@ -307,7 +310,7 @@ class SimCLR(pl.LightningModule):
         share = getattr(self.trainer.train_dataloader, "batch_size", None)
         if not isinstance(share, int):
             raise InputError("the batch size of this loader is unknown; train on a DataLoader with a batch_size")
-        return share * self.data_parallel_world.size
+        return share * self.data_parallel_size
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # In place: the checkpoint holds the very tensors of weights and optimizer.

@@ -35,6 +35,7 @@ def test_negatives_and_batch_are_two_things(trained: TrainedRun, command: Comman
         assert (row["batch"], row["negatives_per_view"]) == (32, 14)
 
 
+@pytest.mark.slow
 def test_ranks_measure_the_same(trained: TrainedRun, tmp_path: Path) -> None:
     what = ("noise-scale", "--checkpoint", trained.folder / "checkpoints" / "step=6.ckpt", "--batches", 3)
     for ranks in (1, 2):

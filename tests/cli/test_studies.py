@@ -35,6 +35,7 @@ def cells_of(study: Path) -> dict[str, Any]:
     return {file.name: json.loads(file.read_text()) for file in (study / "cells").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_run_once_and_may_grow(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = command(*SWEEP)

@@ -29,7 +29,8 @@ def seen_by_the_monitor(images: Path, *, unknown: slice = slice(None, None, 7)) 
         source.labels = source.labels.copy()
         source.labels[unknown] = -1
         setattr(data, f"{split}_source", source)
-    return SimpleNamespace(datamodule=data, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(datamodule=data, strategy=strategy, callbacks=[])
 
 
 def encoder() -> Any:

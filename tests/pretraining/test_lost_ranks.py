@@ -218,6 +218,9 @@ def test_beats_through_a_store() -> None:
 
     # One that no longer beats is heard of as it was; the clock says for how long.
     ranks[2].close()
+    ranks[2]._thread.join()
+    rounds = ranks[0].rounds
+    wait_until(lambda: ranks[0].rounds > rounds + 1)  # by then its last word has been heard
     ranks[0].clock.now = 5.0
     wait_until(lambda: ranks[0].heard[1].beat_at == 5.0)
     assert ranks[0].heard[2].beat_at < 5.0

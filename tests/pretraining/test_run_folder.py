@@ -60,7 +60,7 @@ def test_a_head_of_another_kind_is_not_written(tmp_path: Path) -> None:
         head=nn.Linear(4, 3),
         transform=ImageTransform((3, 16, 16)),
     )
-    RunFolder(tmp_path, "", resumed=False)._replace_encoder(module, {})
+    RunFolder(tmp_path, "", resumed=False)._replace_encoder(module.encoder, module.head, module.transform, {})
     assert set(os.listdir(tmp_path / "encoder")) == {"README.md", "config.json", "model.safetensors"}
 
 
@@ -110,7 +110,8 @@ def test_the_encoder_is_there_while_it_is_replaced(tmp_path: Path, monkeypatch: 
     run = RunFolder(tmp_path, "", resumed=True)
     (tmp_path / ".encoder.partial").mkdir()
     (tmp_path / ".encoder.partial" / "half").write_text("of a former attempt")
-    run._replace_encoder(module(0), {"steps": 1})
+    first = module(0)
+    run._replace_encoder(first.encoder, first.head, first.transform, {"steps": 1})
     before = load_encoder(tmp_path)[0].state_dict()
 
     loaded: list[dict[str, torch.Tensor]] = []
@@ -122,7 +123,7 @@ def test_the_encoder_is_there_while_it_is_replaced(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "replace", watched)
     second = module(1)
-    run._replace_encoder(second, {"steps": 2})
+    run._replace_encoder(second.encoder, second.head, second.transform, {"steps": 2})
     assert len(loaded) == 5, "the bundle in its place, and its four files"
     assert differences(dict(load_head(tmp_path).state_dict()), dict(second.head.state_dict())) == []
     after = second.encoder.state_dict()

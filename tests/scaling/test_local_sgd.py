@@ -106,7 +106,7 @@ def against_ddp(
     ours = model(probe_classes=CLASSES, **module_options)
     train(rank, world_size, ours, sync, ddp=ddp)
     peer = model(probe_classes=CLASSES, loss=NTXentLoss(0.3, gather=not local), **module_options)
-    keep = mock.patch("simclr_scale.pretraining.simclr.convert_global_batch_norm", lambda module: module)
+    keep = mock.patch("simclr_scale.pretraining.simclr.convert_global_batch_norm", lambda module, *_: module)
     with keep if local else mock.patch.object(peer, "unused", create=True):
         train(rank, world_size, peer, ddp=ddp)
     # Of ranks that each have their own batch norm, DDP keeps the statistics of the first.

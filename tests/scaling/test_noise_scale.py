@@ -43,6 +43,7 @@ def truth_of_regression() -> NoiseScale:
     return NoiseScale(float(gradient.square().sum()), float(trace))
 
 
+@pytest.mark.slow
 def test_linear_regression_by_all_three_ways() -> None:
     generator, truth = torch.Generator().manual_seed(0), truth_of_regression()
     batch, parts = 32, 8
