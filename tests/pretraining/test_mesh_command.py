@@ -80,7 +80,9 @@ def test_a_mesh_trains_resumes_elsewhere_and_is_evaluated(images: Path, tmp_path
     assert f"{shards} is damaged" in third.stdout
     assert_same_encoder(one, mesh, 1e-5)
 
-    alone = start("simclr_scale", "pretrain", *vit(images, tmp_path, "mesh", "--resume", "auto"))
+    alone = start(
+        "simclr_scale", "pretrain", *vit(images, tmp_path, "mesh", "--resume", "auto", "--trainer.strategy", "auto")
+    )
     assert alone.returncode == 2
     assert "is a folder of shards: resume it with --trainer.strategy model_parallel" in alone.stderr
 

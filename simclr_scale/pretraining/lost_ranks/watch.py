@@ -125,8 +125,9 @@ class Watch:
 
     def _judge(self, now: float) -> Loss | None:
         if self.pulse.state != RUNNING:
-            # It ends by itself, unless even that hangs.
-            late = now - self._failed_at > self.limits.standstill
+            # It ends by itself, unless even that hangs. To take leave of the others has a limit of its own.
+            leave = self.limits.silence + self.limits.interval if self.pulse.state == ENDED else 0.0
+            late = now - self._failed_at > self.limits.standstill + leave
             return Loss(self.pulse.message or "the end of the run hangs") if late else None
         exchange = self.exchange
         if exchange is None:
