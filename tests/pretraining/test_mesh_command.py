@@ -94,7 +94,9 @@ def test_a_mesh_trains_resumes_elsewhere_and_is_evaluated(images: Path, tmp_path
         assert result.returncode == 0, result.stderr
     values = [json.loads((tmp_path / name).read_text())["value"] for name in ("last.ckpt.json", "mesh.json")]
     assert values[0] == values[1]
-    exported = start("simclr_scale", "export", "--encoder", last, "--output", str(tmp_path / "exported"))
+    exported = start(
+        "simclr_scale", "export", "--encoder", last, "--format", "timm", "--output", str(tmp_path / "exported")
+    )
     assert exported.returncode == 0, exported.stderr
 
 
