@@ -163,7 +163,9 @@ class _Teller:
 
     def report(self, epoch: int, score: float) -> bool:
         trial = self.claim.trial
-        trial.report(score, epoch)
+        # A trial that goes on from its checkpoint passes epochs again that it had reported before it was killed.
+        if epoch not in trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
+            trial.report(score, epoch)
         self.line(f"epoch {epoch}, {score:.4g}")
         return trial.should_prune()
 
