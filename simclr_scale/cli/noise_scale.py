@@ -21,8 +21,7 @@ from simclr_scale.scaling.hardware import best_device, device_name
 from simclr_scale.scaling.noise_scale.checkpoints import Measurement, measure
 from simclr_scale.scaling.noise_scale.measuring import MODES, check_mode
 from simclr_scale.scaling.noise_scale.plots import draw_noise_scale
-
-PICTURES = (".png", ".pdf", ".svg", ".jpg")
+from simclr_scale.scaling.pictures import require_new_picture
 
 EPILOG = """modes:
   probe      gradients of independent global batches at the checkpoint's weights; right for every loss
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
         if arguments[name] < least:
             raise InputError(f"--{name} must be at least {least}, got {arguments[name]}")
     output = require_new_file(arguments.output) if arguments.output is not None else None
-    plot = require_new_picture(arguments.plot)
+    plot = require_new_picture(arguments.plot) if arguments.plot is not None else None
     if arguments.mode not in MODES:
         raise InputError(f"--mode: there is no {arguments.mode!r}; there are {', '.join(MODES)}")
     folder, paths = run_of(arguments.run, arguments.checkpoint)
@@ -143,16 +142,6 @@ def require_whole_groups(images: int, negatives: int) -> None:
         raise InputError(
             f"--batch_size: {images} images (of a rank) do not divide into groups of {negatives} (--negatives)"
         )
-
-
-def require_new_picture(name: str | None) -> Path | None:
-    """A picture that can be written, or None for None."""
-    if name is None:
-        return None
-    file = require_new_file(name)
-    if file.suffix.lower() not in PICTURES:
-        raise InputError(f"--plot {file}: the name of a picture ends in {', '.join(PICTURES)}")
-    return file
 
 
 def print_noise_scale(rows: list[dict[str, Any]], console: Console | None = None) -> None:

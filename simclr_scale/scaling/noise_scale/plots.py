@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simclr_scale.scaling.studies.plots import COLORS, new_figure, save
+from simclr_scale.scaling.pictures import save_figure
+from simclr_scale.scaling.studies.plots import COLORS, new_figure
 
 
 def draw_noise_scale(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -34,4 +35,4 @@ def draw_noise_scale(rows: Sequence[dict[str, Any]], file: Path) -> None:
             axes.set_yscale("log")
         axes.set_xlabel("step of training")
         axes.grid(alpha=0.3, which="both")
-    save(figure, file)
+    save_figure(figure, file)

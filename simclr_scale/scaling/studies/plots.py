@@ -1,9 +1,10 @@
 """Pictures of the studies of batch sizes."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from simclr_scale.scaling.pictures import save_figure
 
 # Told apart also without colours, by their marks (Okabe & Ito 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -16,16 +17,6 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(5.5 * columns, 4.4 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def save(figure: Any, file: Path) -> None:
-    """Whole or not at all."""
-    draft = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        figure.savefig(draft, dpi=120, format=file.suffix[1:].lower())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def batch_axis(axes: Any, batches: Sequence[int], label: str = "optimizer batch (images)") -> None:
@@ -69,7 +60,7 @@ def draw_rules(rows: Sequence[dict[str, Any]], metric: str, label: str, file: Pa
     for axes in (values, differences):
         batch_axis(axes, batches)
         axes.margins(x=0.12)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_branches(tasks: Sequence[dict[str, Any]], file: Path) -> None:
@@ -106,7 +97,7 @@ def draw_branches(tasks: Sequence[dict[str, Any]], file: Path) -> None:
     for axes in (steps, trade, loss, linear):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def _draw_hyperbola(
