@@ -40,6 +40,14 @@ class Recorder(CellRunner):
         return {"value": cell.seed}
 
 
+class Slow(Recorder):
+    """The cell that is wrong takes longer than every other."""
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        time.sleep(2.0 if cell.seed == self.wrong else 0.0)
+        return super().run(cell)
+
+
 def cells(count: int) -> list[Cell]:
     return [Cell(16, 16, 0.1, seed, "sqrt") for seed in range(count)]
 
@@ -67,9 +75,17 @@ def test_a_worker_that_fails_keeps_what_is_done(tmp_path: Path) -> None:
         with pytest.raises(RunFailed, match=r"trained .*seed=2 was ended \(exit status -9\)"):
             run_cells(cells(6), study, partial(Recorder, tmp_path / "log", 0.05, fatal=2), workers=2)
         with pytest.raises(InputError, match="nonsense"):
-            run_cells(cells(6), study, partial(Recorder, tmp_path / "log", 0.05, wrong=3), workers=2)
+            # a cell that the first pass cannot have finished before it noticed the loss
+            run_cells(cells(7), study, partial(Recorder, tmp_path / "log", 0.05, wrong=6), workers=2)
         assert study.result(cells(1)[0]) is not None
-        assert study.result(cells(4)[3]) is None
+        assert study.result(cells(7)[6]) is None
+
+
+def test_a_mistake_in_the_last_cell_ends_the_study(tmp_path: Path) -> None:
+    study = StudyFolder(tmp_path / "study", SETTINGS)
+    with study.taken(), pytest.raises(InputError, match="nonsense"):
+        # the one worker that is still busy is the one that fails
+        run_cells(cells(2), study, partial(Slow, tmp_path / "log", wrong=1), workers=2)
 
 
 SCRIPT = """

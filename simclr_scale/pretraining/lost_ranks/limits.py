@@ -7,7 +7,7 @@ from typing import NamedTuple
 from simclr_scale.errors import InputError
 
 # That of torch for collectives on gloo: what is stopped by this limit was stopped before, by an error of many lines.
-DEFAULT_TIMEOUT = 1800
+DEFAULT_TIMEOUT = 1800.0
 _SHORTEST = 10.0
 _LONGEST = 1e7
 

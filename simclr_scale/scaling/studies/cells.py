@@ -169,6 +169,7 @@ def _in_processes(
     waiting = list(reversed(cells))
     busy: dict[Connection, tuple[Any, Cell]] = {}
     processes = []
+    ended_well = False
     try:
         for number in range(min(workers, len(cells))):
             here, there = context.Pipe()
@@ -190,10 +191,11 @@ def _in_processes(
                     busy[connection] = process, following
                 else:
                     connection.send(None)
+        ended_well = True
     finally:
         for process in processes:
-            # Those that are done end by themselves; where a cell failed the others are of no use.
-            process.join(timeout=None if not busy else 0)
+            # Those that are done end by themselves; where a cell failed they wait for another, which never comes.
+            process.join(timeout=None if ended_well else 0)
             if process.is_alive():
                 process.kill()
                 process.join()
