@@ -39,6 +39,7 @@ def test_the_trained_encoder_beats_what_learnt_nothing(tmp_path: Path, seed: int
     assert all(scores["trained"] >= 2.5 * scores[name] for name in BASELINES)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     results = []
     for name in ("first", "second"):

@@ -155,7 +155,7 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--override", type=bool, default=False, help="resume although the configuration differs")
         parser.add_argument("--threads", type=int | None, help="CPU threads a process; default: torch's choice")
         parser.add_argument("--max_bad_steps", type=int, default=10, help="bad steps in a row to end at")
-        parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds a rank may be missing")
+        parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds a rank may be silent")
         parser.add_lightning_class_args(KNNMonitor, "knn")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")

@@ -154,7 +154,7 @@ def test_a_given_value_range_is_that_of_training_and_bundle(
     ("recipe", "source", "channels"),
     [
         ("chest_xray", "chest_xray", 1),
-        ("hyperspectral", "patches/hyperspectral/jasperRidge2_R198.mat", 198),
+        pytest.param("hyperspectral", "patches/hyperspectral/jasperRidge2_R198.mat", 198, marks=pytest.mark.slow),
     ],
 )
 def test_recipes_take_their_first_steps_on_real_data(

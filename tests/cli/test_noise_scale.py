@@ -85,6 +85,7 @@ def test_the_weights_of_another_network(run: Path, refusal: Callable[..., str]) 
     assert "its weights do not fit the run's configuration" in refusal("noise-scale", "--run", run)
 
 
+@pytest.mark.slow
 def test_per_rank_is_refused_with_the_reason(trained: TrainedRun, tmp_path: Path) -> None:
     # torchrun takes --run for a short form of an option of its own.
     what = ("noise-scale", "--checkpoint", trained.folder / "checkpoints" / "step=6.ckpt", "--mode", "per_rank")

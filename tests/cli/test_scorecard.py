@@ -145,6 +145,7 @@ def test_a_card_is_never_overwritten(refusal: Callable[..., str], command: Comma
     assert "holds a scorecard already" in refusal("scorecard", *what, "--output", "card")
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_launcher_share_the_work(command: Command, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "red", "green", "blue", count=20)
     what = ("--encoder", "pixels:4", "--data.source", images, "--tasks", "knn,linear", "--k", 5, "--health", "false")

@@ -48,6 +48,7 @@ def run_rank(rank: int, store: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_workers_and_ranks_do_not_change_a_view(tmp_path: Path) -> None:
     """Not in the shared pool: its processes may have no children, and here each rank has workers of its own."""

@@ -52,7 +52,7 @@ def cells(count: int) -> list[Cell]:
     return [Cell(16, 16, 0.1, seed, "sqrt") for seed in range(count)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_finished_cell_is_never_run_again(workers: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
     make = partial(Recorder, log)
@@ -69,6 +69,7 @@ def test_a_finished_cell_is_never_run_again(workers: int, tmp_path: Path) -> Non
     assert sorted(log.read_text().split()) == sorted(cell.name for cell in cells(5))
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_keeps_what_is_done(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path / "study", SETTINGS)
     with study.taken():
@@ -102,7 +103,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_kill_and_start_again(workers: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
