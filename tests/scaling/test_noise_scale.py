@@ -183,6 +183,8 @@ def study(steps: int, temperature: float, batches: int) -> tuple[float, float | 
     ("steps", "temperature", "batches"),
     [
         (0, 0.1, 400),
+        pytest.param(50, 1.0, 1500, marks=pytest.mark.slow),  # by ranks x 0.4
+        pytest.param(400, 0.5, 4000, marks=pytest.mark.slow),  # by ranks x 9
     ],
 )
 def test_the_toy_study_of_nt_xent(steps: int, temperature: float, batches: int) -> None:

@@ -118,9 +118,8 @@ def test_refused(x: list[float], y: list[float], settings: dict, line: str) -> N
         fit_law(x, y, **settings)
 
 
-# Of m4 and bnsl a hundred trials take many minutes; they have not been run to their end.
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["power"])
+@pytest.mark.parametrize("form", CURVES)
 def test_intervals_hold_the_truth_in_90_of_100_trials(form: str) -> None:
     """Of y within the points, at their end and at four times the largest size; of a power law its parameters too."""
     curve = CURVES[form]
