@@ -3,10 +3,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.gloo_pool import GlooPool
 
 REAL_DATA = "SIMCLR_SCALE_TEST_DATA"
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """Lightning keeps its process group until the process ends, and a later test would take itself for a rank."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

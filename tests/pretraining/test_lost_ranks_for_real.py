@@ -19,7 +19,7 @@ from tests.pretraining.two_ranks import ERROR, RANKS, TORCHRUN, TwoRanks, enviro
 pytestmark = [pytest.mark.slow, QUIET]
 
 # Half of it is the silence that ends a rank, which must outlast what two crowded cores take to set up.
-TIMEOUT = 60
+TIMEOUT = 40
 FROM_FILES = ("--data.in_memory", "false", "--data.num_workers", "1")
 ENDLESS = ("--trainer.max_epochs", "100000", "--knn.every_n_epochs", "100000")
 

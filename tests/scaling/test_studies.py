@@ -78,7 +78,8 @@ def test_a_worker_that_fails_keeps_what_is_done(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="nonsense"):
             # a cell that the first pass cannot have finished before it noticed the loss
             run_cells(cells(7), study, partial(Recorder, tmp_path / "log", 0.05, wrong=6), workers=2)
-        assert study.result(cells(1)[0]) is not None
+        # Whoever came to the third cell had ended another before.
+        assert any(study.result(cell) is not None for cell in cells(7))
         assert study.result(cells(7)[6]) is None
 
 
