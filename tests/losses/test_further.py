@@ -30,10 +30,15 @@ def sigmoid(z: Tensor) -> Tensor:
     return sigmoid_pairs(z, SCALE, BIAS)
 
 
+def unbounded(z: Tensor) -> Tensor:
+    return spectral_contrastive(z, None)
+
+
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "vicreg": vicreg,
     "barlow_twins": barlow_twins,
     "spectral": spectral_contrastive,
+    "spectral, no bound": unbounded,
     "sigmoid": sigmoid,
 }
 
@@ -56,7 +61,9 @@ def by_formula(name: str, z1: np.ndarray, z2: np.ndarray) -> float:
                 correlation = sum(float(y1[k, i] * y2[k, j]) for k in range(n)) / n
                 total += (1 - correlation) ** 2 if i == j else 0.0051 * correlation**2
         return total
-    if name == "spectral":
+    if name.startswith("spectral"):
+        if name == "spectral":
+            z1, z2 = ([row / max(1.0, math.sqrt(sum(row**2))) for row in z] for z in (z1, z2))
         pull = sum(float(z1[i] @ z2[i]) for i in range(n)) / n
         push = sum(float(z1[i] @ z2[j]) ** 2 for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
         return -2 * pull + push
@@ -106,7 +113,9 @@ def test_closed_forms() -> None:
     # Each image has one pair at similarity 1 and n - 1 at 0.
     expected = math.log1p(math.exp(-1.0)) + (n - 1) * math.log1p(math.exp(-3.0))
     assert sigmoid(z).item() == pytest.approx(expected, rel=1e-13)
-    assert spectral_contrastive(z).item() == pytest.approx(-2, rel=1e-13)
+    for mu, scale, expected in ((None, 3, -18), (1.0, 3, -2), (1.0, 0.5, -0.5), (10.0, 9, -2), (10.0, 2, -0.8)):
+        # Only rows longer than sqrt(mu) are shortened, and the whole is divided by mu.
+        assert spectral_contrastive(scale * z, mu).item() == pytest.approx(expected, rel=1e-13)
     # Equal views, features that are uncorrelated and of variance 4 (n - 1 in the denominator).
     z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64) * math.sqrt(3.0)
     assert vicreg(z.repeat(2, 1)).item() == pytest.approx(0, abs=1e-12)
@@ -121,10 +130,22 @@ def test_spectral_loss_is_unbiased_at_any_batch_size() -> None:
     from itertools import combinations
 
     z1, z2 = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    small = [spectral_contrastive(torch.cat([z1[list(some)], z2[list(some)]])) for some in combinations(range(5), 3)]
-    assert torch.stack(small).mean().item() == pytest.approx(
-        spectral_contrastive(torch.cat([z1, z2])).item(), rel=1e-12
-    )
+    small = [unbounded(torch.cat([z1[list(some)], z2[list(some)]])) for some in combinations(range(5), 3)]
+    assert torch.stack(small).mean().item() == pytest.approx(unbounded(torch.cat([z1, z2])).item(), rel=1e-12)
+
+
+def test_rows_of_no_length_have_a_gradient() -> None:
+    z = torch.cat([torch.zeros(1, 4), torch.randn(7, 4)]).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(spectral_contrastive(z), z)
+    assert torch.isfinite(gradient).all()
+    assert gradient[0].norm() > 0
+
+
+@pytest.mark.parametrize("mu", [0.0, -1.0, math.inf, math.nan])
+def test_a_ball_of_no_radius_is_refused(mu: float) -> None:
+    for make in (lambda: SpectralContrastiveLoss(mu), lambda: spectral_contrastive(torch.randn(4, 2), mu)):
+        with pytest.raises(ValueError, match="mu must be above 0"):
+            make()
 
 
 def test_large_means_do_not_cost_digits() -> None:
@@ -140,6 +161,8 @@ def test_modules() -> None:
     assert torch.equal(VICRegLoss(10.0, 5.0, 2.0)(z1, z2), vicreg(z, 10.0, 5.0, 2.0))
     assert torch.equal(BarlowTwinsLoss(0.1)(z), barlow_twins(z, 0.1))
     assert torch.equal(SpectralContrastiveLoss()(z1, z2), spectral_contrastive(z))
+    assert torch.equal(SpectralContrastiveLoss(None)(z1, z2), spectral_contrastive(z, None))
+    assert "mu=1.0" in repr(SpectralContrastiveLoss())
     loss = SigmoidLoss()
     assert torch.equal(loss(z), sigmoid_pairs(z, torch.tensor(10.0), torch.tensor(-10.0)))
     assert {name for name, _ in loss.named_parameters()} == {"log_scale", "bias"}
