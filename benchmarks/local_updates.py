@@ -147,6 +147,7 @@ def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
         axes.annotate(name, (x, statistics.mean(top1)), xytext=(4, 4), textcoords="offset points", fontsize=7)
     if study == "periods":
         axes.set_xscale("log")
+    axes.margins(x=0.2)  # for the names
     axes.set_xlabel("MB sent by a rank a step" if study == "periods" else "peak MB of a step beyond weights and images")
     axes.set_ylabel("kNN top-1, %")
     figure.tight_layout()
