@@ -13,6 +13,7 @@ from simclr_scale.bundle.loading import is_checkpoint, require_checkpoint
 from simclr_scale.errors import InputError
 from simclr_scale.pretraining.checkpointing import newest_intact
 from simclr_scale.pretraining.run_folder import CONFIG
+from simclr_scale.pretraining.strategies import CompressedDDPStrategy
 
 RUNS_DIR = "runs"
 
@@ -133,8 +134,14 @@ def config_differences(saved: Path, now: str) -> list[tuple[str, Any, Any]]:
 
 def settings_of_result(config: str) -> dict[str, Any]:
     """The settings of a configuration in YAML that could change the result of a run, by their full keys."""
-    flat = _flatten(yaml.safe_load(config))
-    return {key: flat[key] for key in flat if not any(key == h or key.startswith(f"{h}.") for h in _HARMLESS)}
+    content = yaml.safe_load(config)
+    flat = _flatten(content)
+    kept = {key: flat[key] for key in flat if not any(key == h or key.startswith(f"{h}.") for h in _HARMLESS)}
+    strategy = (content.get("trainer") or {}).get("strategy")
+    name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy)
+    # All others give the same gradients, but for the last digits of float32.
+    rounds = name == "ddp_bf16" or name.endswith(CompressedDDPStrategy.__name__)
+    return kept | {"trainer.strategy": "ddp_bf16" if rounds else "float32 gradients"}
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

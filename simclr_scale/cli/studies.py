@@ -25,7 +25,7 @@ STUDIES = "studies"
 
 # What a cell settles, and what belongs to one start.
 _OF_A_CELL = ("seed_everything", "data.seed", "data.global_batch_size", "model.learning_rate", "model.lr_scaling")
-_OF_A_START = ("workers", "output", "max_bad_steps")
+_OF_A_START = ("workers", "output", "max_bad_steps", "trainer.strategy")
 
 # Options of ``pretrain`` that mean nothing here, and groups of them that its own help shows.
 _OF_A_RUN = ("name", "runs_dir", "resume", "override", "max_bad_steps")

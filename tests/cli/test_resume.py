@@ -10,7 +10,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from simclr_scale.cli.resume import config_differences, config_of_resumed_run, find_start
+from simclr_scale.cli.resume import config_differences, config_of_resumed_run, find_start, settings_of_result
 from simclr_scale.errors import InputError
 from tests.cli.commands import SHORT, Outcome, files_below
 
@@ -36,6 +36,7 @@ def steps(run: Path) -> list[str]:
         ("--trainer.max_epochs=3", "trainer.max_epochs = 2, not 3"),
         ("--trainer.gradient_clip_val=1", "trainer.gradient_clip_val = None, not 1"),
         ("--model.encoder.channels=[8,8,8]", "model.encoder.init_args.channels = [16, 32, 96], not [8, 8, 8]"),
+        ("--trainer.strategy=ddp_bf16", "trainer.strategy = float32 gradients, not ddp_bf16"),
         ("--model.optimizer=LARS", "model.optimizer.class_path = torch.optim.AdamW, not simclr_scale.LARS"),
     ],
 )
@@ -51,6 +52,7 @@ def test_what_cannot_change_the_result_may_change(run: Path, command: Command) -
         "--threads=1",
         "--data.num_workers=1",
         "--trainer.devices=1",
+        "--trainer.strategy=ddp",
         "--knn.batch_size=5",
         "--checkpoint.keep=1",
     )
@@ -95,6 +97,22 @@ def test_differences_are_found_at_any_depth(tmp_path: Path) -> None:
     )
     now = {"a": {"b": 2, "c": [1, 2]}, "e": 5, "knn": {"batch_size": 4}, "data": {"num_workers": 2}}
     assert config_differences(tmp_path / "config.yaml", yaml.safe_dump(now)) == [("a.b", 1, 2), ("e", None, 5)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rounds"),
+    [
+        ("auto", False),
+        ("model_parallel", False),
+        ("ddp_bf16", True),
+        ({"class_path": "simclr_scale.pretraining.strategies.CompressedDDPStrategy", "init_args": {}}, True),
+        ({"class_path": "pytorch_lightning.strategies.DDPStrategy"}, False),
+    ],
+)
+def test_only_a_strategy_that_rounds_gradients_changes_the_result(strategy: object, rounds: bool) -> None:
+    ddp = yaml.safe_dump({"trainer": {"strategy": "ddp"}})
+    same = settings_of_result(ddp) == settings_of_result(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    assert same != rounds
 
 
 @pytest.mark.parametrize(
