@@ -97,7 +97,7 @@ class LawReport:
 def draw(report: LawReport, file: Path) -> None:
     """Writes the points, the law with the band of its interval, and its floor; both axes by powers."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     fit = report.fit
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -116,9 +116,7 @@ def draw(report: LawReport, file: Path) -> None:
     axes.set_ylabel(report.quantity)
     if fit.x[-1] < 100 * fit.x[0]:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 < value < 1e7 else f"{value:.0e}")
-        )
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=_ticks(curve[:, 1].min(), max(*fit.y, curve[:, 2].max()))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
