@@ -199,6 +199,7 @@ def test_without_a_recipe(refusal: Refusal) -> None:
     assert refusal("pretrain", "--config", "cifar10") == "the following arguments are required: data.source"
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_by_the_ranks(tmp_path: Path) -> None:
     ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
     outcome = start_command(*QUICK, *ranks, "--data.global_batch_size", 33, "--name", "x", cwd=tmp_path)

@@ -104,6 +104,7 @@ def many_photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_started_twice(many_photos: Path, tmp_path: Path, command: Command) -> None:
     """A real kill of the command with its workers; the one that goes on finds the lock free, a third finds it taken."""
     options = ("--images_per_shard", 2, "--num_workers", 2)
@@ -131,6 +132,10 @@ def test_the_command_killed_and_started_twice(many_photos: Path, tmp_path: Path,
 
 def test_an_interruption_says_how_to_go_on(many_photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
+    # By other names too: they must not all be packed before the signal comes.
+    for photo in sorted(many_photos.rglob("*.png")):
+        for number in range(20):
+            photo.with_stem(f"{photo.stem}-{number}").hardlink_to(photo)
     with start(*prepare(many_photos, output, "--images_per_shard", 2, "--num_workers", 0)) as process:
         while not (output / "all-000002.tar").exists():
             assert process.poll() is None, process.communicate()

@@ -211,6 +211,7 @@ def test_the_check_catches_local_batch_norm(gloo) -> None:
 
 
 @QUIET
+@pytest.mark.slow
 def test_the_command_on_two_processes(images: Path, tmp_path: Path) -> None:
     """Two gloo processes that the command starts itself, against one."""
     options = ("--trainer.max_epochs", "2", "--knn.every_n_epochs", "1")

@@ -83,6 +83,7 @@ def test_a_worker_that_fails_keeps_what_is_done(tmp_path: Path) -> None:
         assert study.result(cells(7)[6]) is None
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_last_cell_ends_the_study(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path / "study", SETTINGS)
     with study.taken(), pytest.raises(InputError, match="nonsense"):
