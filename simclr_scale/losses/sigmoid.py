@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_scale.distributed import all_gather, world
+from simclr_scale.errors import InputError
 from simclr_scale.losses.moments import PairLoss, two_views
 
 # Rows of pairs that are held at a time.
@@ -107,7 +108,7 @@ class SigmoidLoss(PairLoss):
     def __init__(self, scale: float = 10.0, bias: float = -10.0, *, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}")
+            raise InputError(f"scale must be above 0, got {scale}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
         self.group = group

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simclr_scale.errors import InputError
 from simclr_scale.losses.moments import PairLoss, require_images, sums_with_gradient, two_views
 
 
@@ -60,7 +61,7 @@ def _within_ball(z: Tensor, mu: float) -> Tensor:
 
 def _check(mu: float | None) -> None:
     if mu is not None and not 0 < mu < math.inf:
-        raise ValueError(f"mu must be above 0, or None for no bound, got {mu}")
+        raise InputError(f"mu must be above 0, or None for no bound, got {mu}")
 
 
 class SpectralContrastiveLoss(PairLoss):

@@ -37,6 +37,8 @@ OPTIONS = [
     ("--model.encoder.nme resnet18", "model.encoder: there is no option nme; did you mean name?"),
     ("--model.encoder.name resnet19", "unknown encoder 'resnet19'; did you mean 'resnet18'"),
     ("--model.encoder resnet18", "model.encoder: resnet18 is not the import path of a class or function"),
+    ("--config cifar10_spectral --model.loss.mu 0", "mu must be above 0, or None for no bound, got 0.0"),
+    ("--config cifar10_sigmoid --model.loss.scale 0", "scale must be above 0, got 0.0"),
     ("--model.optimizer AdamX", "model.optimizer: AdamX is not the import path of a class or function"),
     ("--model.optimizer.beta 1", "model.optimizer: there is no option beta; did you mean betas?"),
     ("--model.optimizer.lr 0.1", "model.optimizer: there is no option lr; did you mean model.learning_rate?"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simclr_scale.errors import InputError
 from simclr_scale.losses import (
     BarlowTwinsLoss,
     SigmoidLoss,
@@ -144,7 +145,7 @@ def test_rows_of_no_length_have_a_gradient() -> None:
 @pytest.mark.parametrize("mu", [0.0, -1.0, math.inf, math.nan])
 def test_a_ball_of_no_radius_is_refused(mu: float) -> None:
     for make in (lambda: SpectralContrastiveLoss(mu), lambda: spectral_contrastive(torch.randn(4, 2), mu)):
-        with pytest.raises(ValueError, match="mu must be above 0"):
+        with pytest.raises(InputError, match="mu must be above 0"):
             make()
 
 
