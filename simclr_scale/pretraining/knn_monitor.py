@@ -132,6 +132,7 @@ class KNNMonitor(pl.Callback):
             loader = image_loader(
                 source, transform, batch_size=self.batch_size, indices=indices, num_workers=data.worker_count()
             )
+            report_progress(trainer, "features for kNN")
             with torch.autocast(device.type, enabled=False):
                 features, labels, rows = extract_features(
                     encoder,
