@@ -17,6 +17,7 @@ from simclr_scale.bundle import ImageTransform, load_encoder
 from simclr_scale.bundle.export import Exported, ExportFormat, export_encoder
 from simclr_scale.errors import InputError
 from simclr_scale.models import create_encoder
+from simclr_scale.models.resnet import Bottleneck, SimCLRResNet
 from tests.bundle.bundles import ENCODERS, images, make_encoder, make_transform
 
 TOLERANCE = 1e-4
@@ -94,7 +95,7 @@ def test_torch_export_by_load(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 def test_selective_kernels_at_odd_sizes(format: ExportFormat, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    encoder = create_encoder("simclr_resnet50", width=0.125, sk_ratio=0.0625)
+    encoder = SimCLRResNet(Bottleneck, (1, 1, 1, 1), (8, 16, 32, 64), sk_ratio=0.0625)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -130,6 +130,7 @@ def test_the_command_killed_and_started_twice(many_photos: Path, tmp_path: Path,
     assert content(output) == content(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_an_interruption_says_how_to_go_on(many_photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
     # By other names too: they must not all be packed before the signal comes.

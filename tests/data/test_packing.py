@@ -76,6 +76,7 @@ def test_progress_counts_every_image(photos: Path, tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of itself")
 def test_a_kill_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:
     done = subprocess.run(

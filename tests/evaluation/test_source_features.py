@@ -280,6 +280,7 @@ def test_results_are_in_order_of_the_index(tmp_path: Path) -> None:
         assert torch.equal(of, labels[[0, 3, 5]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["kills", "waits"])
 def test_processes(tmp_path: Path, what: str) -> None:
     """A kill at any step loses at most the batch it was at; of two processes one waits for the other."""

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.data.damaged import write_photographs
 from tests.pretraining.runs import arguments
 
@@ -25,6 +27,7 @@ def commands(pid: int) -> str:
     return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_one_line_and_no_hang(tmp_path: Path) -> None:
     images = write_photographs(tmp_path / "images", 32, size=(120, 160))
     run = tmp_path / "x"

@@ -61,7 +61,11 @@ MID_EPOCH = ("--checkpoint.every_n_steps", "4")
         pytest.param(3, 6, 5, ("--data.num_workers", "1"), id="epoch end, a worker"),
         pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "2"), id="mid-epoch, two workers"),
         pytest.param(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "0"), id="mid-epoch, from files"),
-        pytest.param(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "2"), id="mid-epoch, files, two workers"),
+        pytest.param(
+            *(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "2")),
+            id="mid-epoch, files, two workers",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, 3, 0, (), id="before the first checkpoint"),
     ],
 )
@@ -98,7 +102,7 @@ class ImagesSeen(pl.Callback):
     "options",
     [
         pytest.param((*FROM_FILES, "--data.num_workers", "0"), id="no workers"),
-        pytest.param((*FROM_FILES, "--data.num_workers", "2"), id="two workers"),
+        pytest.param((*FROM_FILES, "--data.num_workers", "2"), id="two workers", marks=pytest.mark.slow),
         pytest.param((), id="in memory"),
     ],
 )

@@ -50,6 +50,7 @@ def hold(folder: Path, connection: Connection) -> None:
     signal.pause()
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -120,7 +120,7 @@ def against_ddp(
     ("world_size", "local", "ddp", "options"),
     [
         (2, False, {}, {}),
-        (4, False, {}, {}),
+        pytest.param(4, False, {}, {}, marks=pytest.mark.slow),
         (2, True, {}, {}),
         (2, False, {"find_unused_parameters": True}, {"chunk_size": 3}),
         (2, False, {"gradient_as_bucket_view": True}, {}),

@@ -72,6 +72,7 @@ def _process(folder: Path) -> tuple[multiprocessing.Process, Connection]:
     return process, here  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_trials_of_other_processes_are_left_to_them_until_they_are_killed(tmp_path: Path) -> None:
     study(tmp_path)
     process, connection = _process(tmp_path)
