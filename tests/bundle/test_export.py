@@ -65,7 +65,7 @@ def test_torchvision_by_state_dict(name: str, tmp_path: Path) -> None:
         assert equal(encoder.eval()(picture), theirs.eval()(picture))
 
 
-@pytest.mark.parametrize("name", ["ours_tiny", "ours_18_grey", "resnet18", "vit"])
+@pytest.mark.parametrize("name", ["ours_tiny", "ours_18_grey", "resnet18", pytest.param("vit", marks=pytest.mark.slow)])
 def test_onnx_by_onnxruntime(name: str, tmp_path: Path) -> None:
     encoder, exported = export(name, "onnx", tmp_path / "encoder.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]

@@ -59,7 +59,9 @@ MID_EPOCH = ("--checkpoint.every_n_steps", "4")
         pytest.param(3, 9, 8, (*MID_EPOCH, "--model.chunk_size", "6", "--model.channels_last", "true"), id="chunks"),
         pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "1"), id="mid-epoch, a worker"),
         pytest.param(3, 6, 5, ("--data.num_workers", "1"), id="epoch end, a worker"),
-        pytest.param(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "2"), id="mid-epoch, two workers"),
+        pytest.param(
+            *(3, 9, 8, (*MID_EPOCH, "--data.num_workers", "2")), id="mid-epoch, two workers", marks=pytest.mark.slow
+        ),
         pytest.param(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "0"), id="mid-epoch, from files"),
         pytest.param(
             *(3, 9, 8, (*MID_EPOCH, *FROM_FILES, "--data.num_workers", "2")),
