@@ -33,7 +33,7 @@ def enter_again_and_again():
 for _ in range(int(sys.argv[2])):
     thread = threading.Thread(target=enter_again_and_again)
     thread.start()
-    time.sleep(0.002)
+    time.sleep(0.0005)
     child = os.fork()
     if child == 0:
         os._exit(0)
