@@ -140,11 +140,12 @@ def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
 
     key = "bytes_a_step" if study == "periods" else "peak_bytes"
     figure, axes = plt.subplots(figsize=(6, 4))
-    for name, row in rows.items():
+    for index, (name, row) in enumerate(rows.items()):
         top1 = [100 * value for value in row["knn_top1"]]
         x = row[key] / 1e6
         axes.errorbar(x, statistics.mean(top1), yerr=statistics.stdev(top1) if len(top1) > 1 else None, fmt="o")
-        axes.annotate(name, (x, statistics.mean(top1)), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        beside = (4, -10 if index % 2 else 4)
+        axes.annotate(name, (x, statistics.mean(top1)), xytext=beside, textcoords="offset points", fontsize=7)
     if study == "periods":
         axes.set_xscale("log")
     axes.margins(x=0.2)  # for the names
@@ -177,7 +178,7 @@ def main() -> None:
     settings = settings_of(arguments.study, arguments.ranks) if arguments.study != "memory" else {}
     peaks = _kept_peaks(arguments.folder) if arguments.study != "periods" else {}
     for name, options in settings.items():
-        rows[name] = {"knn_top1": []}
+        rows[name] = {"knn_top1": [], "untrained": []}
         if arguments.study == "stages":
             rows[name]["peak_bytes"] = next(iter(peaks.values()))[name]
         for seed in range(arguments.seeds):
@@ -199,11 +200,11 @@ def main() -> None:
                 f"--seed_everything={seed}",
             )
             rows[name]["knn_top1"].append(summary["knn_top1"]["trained"])
+            rows[name]["untrained"].append(summary["knn_top1"]["untrained"])
             rows[name]["counted_bytes_a_step"] = summary["scaling"]["sent_bytes_per_step"]
             if arguments.study == "periods":
                 watched = summary["collective_bytes"]
                 rows[name] |= {"bytes_a_step": watched["all"], "weight_bytes_a_step": watched["weights"]}
-            rows[name]["untrained"] = summary["knn_top1"]["untrained"]
             rows[name]["steps"] = summary["steps"]
             print(name, rows[name], flush=True)
     finish(arguments, rows, peaks)
