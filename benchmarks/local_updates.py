@@ -7,7 +7,7 @@
 
 Both train the recipe cifar10_tiny for a few epochs, once a setting and seed, and write a plot beside the JSON. A run
 that is in --folder is not trained again, so a study that was broken off goes on; --runs 1 trains one more and stops.
-The committed sizes fit some minutes of a small CPU. The full size, of the recipe's own length and three seeds:
+The committed results are of --seeds 3, two minutes a run on two cores. The full size, of the recipe's own length:
 
     python benchmarks/local_updates.py periods --source hfds/PATH --folder runs/full --output FILE \
         --epochs 8 --subset 10000 --batch 128 --seeds 3 --ranks 4
@@ -148,7 +148,7 @@ def plot(path: Path, study: str, rows: dict[str, dict[str, Any]]) -> None:
         axes.annotate(name, (x, statistics.mean(top1)), xytext=beside, textcoords="offset points", fontsize=7)
     if study == "periods":
         axes.set_xscale("log")
-    axes.margins(x=0.2)  # for the names
+    axes.margins(x=0.3)  # for the names
     axes.set_xlabel("MB sent by a rank a step" if study == "periods" else "peak MB of a step beyond weights and images")
     axes.set_ylabel("kNN top-1, %")
     figure.tight_layout()
