@@ -7,7 +7,7 @@
 
 Both train the recipe cifar10_tiny for a few epochs, once a setting and seed, and write a plot beside the JSON. A run
 that is in --folder is not trained again, so a study that was broken off goes on; --runs 1 trains one more and stops.
-The committed results are of --seeds 3, two minutes a run on two cores. The full size, of the recipe's own length:
+The committed results are of --seeds 3, some two minutes a run on two cores. The full size, of the recipe's own length:
 
     python benchmarks/local_updates.py periods --source hfds/PATH --folder runs/full --output FILE \
         --epochs 8 --subset 10000 --batch 128 --seeds 3 --ranks 4
