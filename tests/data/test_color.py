@@ -360,7 +360,7 @@ def test_masks_never_wait_for_the_device(name: str) -> None:
 
 @pytest.mark.parametrize("read", [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.sum().item(), torch.unique])
 def test_a_look_at_the_device_is_noticed(read: Callable[[Tensor], Any]) -> None:
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError, match=r"(?i)meta"):
         read(torch.ones(3, device="meta"))
 
 

@@ -1,6 +1,7 @@
 """Processes are forked at rest: not while another thread may hold what their children want."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -65,12 +66,13 @@ def test_no_child_hangs() -> None:
     assert forks_beside_a_thread("at rest", 12) == ""
 
 
-@pytest.mark.skipif(
-    not (3, 11) <= sys.version_info < (3, 11, 8), reason="seen with Python 3.11.7; later ones of 3.11 may be mended"
-)
-def test_the_test_above_can_fail() -> None:
-    """Here about every third child hangs."""
-    assert forks_beside_a_thread("at once", 100) == "hangs"
+def test_without_the_wait_children_hang_where_python_has_the_fault() -> None:
+    """About every third, so that the test above can fail. Later releases of Python 3.11 may be mended."""
+    hangs = forks_beside_a_thread("at once", 40) == "hangs"
+    if sys.version_info < (3, 11, 8):
+        assert hangs
+    elif sys.version_info >= (3, 12):
+        assert not hangs
 
 
 def test_it_takes_two_looks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +84,11 @@ def test_it_takes_two_looks_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_thread_that_never_rests_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.repeat(True, 10_000)
     monkeypatch.setattr(forking, "_LONGEST_WAIT", 0.01)
-    monkeypatch.setattr(forking, "_others_run", lambda: True)
+    monkeypatch.setattr(forking, "_others_run", lambda: next(looks))
     forking.wait_for_other_threads()
+    assert next(looks), "it looked without end"
 
 
 def test_threads_that_run_and_that_sleep() -> None:

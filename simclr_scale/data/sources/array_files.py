@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# What numpy and zipfile raise on a damaged or foreign file.
+# What numpy and zipfile raise on a damaged or foreign file; NotImplementedError: zipfile, of an unknown compression.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
