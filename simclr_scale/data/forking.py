@@ -2,9 +2,9 @@
 
 In the child, Python 3.11 takes a lock that another thread may have held when the process was forked and that nobody
 will ever release there (CPython issue 112275; Python 3.12 makes the lock anew first). Any thread holds it that enters
-Python from outside, without the GIL: in training, one of gloo's that drops the last reference to the tensor of a
-collective, a moment after the collective has returned. The rank then waits for its first images until it is ended as
-one that hangs.
+Python from outside, without the GIL: in training most likely one of gloo's, which may be left with the last reference
+to the tensor of a collective that has returned. The rank then waits for its first images until it is ended as one that
+hangs.
 """
 
 import os
